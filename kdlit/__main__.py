@@ -1,0 +1,46 @@
+"""``kdlit`` and ``python -m kdlit``; a plain ``--help`` or ``--version`` answers without loading torch."""
+
+from __future__ import annotations
+
+import sys
+
+USAGE = """\
+usage: kdlit {fit,validate,test,predict} --config FILE [--config FILE ...] [--NAME.SUBNAME=VALUE ...]
+
+Knowledge distillation of vision models.
+
+commands:
+  fit        train a student, with a teacher or without
+  validate   measure a checkpoint on the held-out training pictures
+  test       measure a checkpoint on the test pictures
+  predict    write the predicted classes of the test pictures to predictions.csv
+
+common options:
+  --config FILE             config in YAML; later ones override earlier ones
+  --model.losses.kd.weight=0.9
+                            override any value of the config, however nested
+  --ckpt_path FILE | last   resume (fit) or measure this checkpoint; last: the newest of this run
+  --run_dir FOLDER          where the run writes; by default runs/NAME/version_N
+  --print_config            show the resolved config and stop
+
+`kdlit fit --help` lists every option; `kdlit fit --model.losses.help=DKDLoss` those of one class.
+"""
+
+
+def main() -> None:
+    """Answer what needs no torch at once, and hand everything else to the command line proper."""
+    arguments = sys.argv[1:]
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(USAGE, end="")
+    elif arguments[0] == "--version":
+        from kdlit import __version__
+
+        print(f"kdlit {__version__}")
+    else:
+        from kdlit.cli import main as run
+
+        run()
+
+
+if __name__ == "__main__":
+    main()

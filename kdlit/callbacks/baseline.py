@@ -1,0 +1,114 @@
+"""The student trained alone, beside the distilled one."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import lightning as L
+import torch
+import torch.nn.functional as F
+from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from torchmetrics.classification import MulticlassAccuracy
+
+from kdlit.modules import DistillationModule
+from kdlit.modules.base import as_batch
+
+
+class PlainBaseline(L.Callback):
+    """Trains a twin of the student by cross-entropy alone, on the very same batches, for comparison.
+
+    The twin starts from the same weights. Nothing of it reaches the distilled student. Logged: ``val/plain_top1`` and
+    ``test/plain_top1``. Give it the learning rate that suits it best, or the comparison flatters distillation.
+
+    Args:
+        optimizer: makes the twin's optimizer; by default the student's.
+        lr_scheduler: makes the twin's schedule, stepped once an epoch; by default the student's.
+    """
+
+    def __init__(
+        self, optimizer: OptimizerCallable | None = None, lr_scheduler: LRSchedulerCallable | None = None
+    ) -> None:
+        self.make_optimizer = optimizer
+        self.make_lr_scheduler = lr_scheduler
+        self._restored: dict[str, Any] = {}
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Copy the student before its first step.
+
+        Raises:
+            ValueError: If the module has no student or the run has several processes.
+        """
+        if not isinstance(pl_module, DistillationModule):
+            raise ValueError(f"PlainBaseline needs a DistillationModule, got {type(pl_module).__name__}")
+        if trainer.world_size > 1:
+            raise ValueError(f"PlainBaseline trains in one process, but this run has {trainer.world_size}")
+        self.twin = copy.deepcopy(pl_module.student)
+        self.top1 = MulticlassAccuracy(pl_module.num_classes, average="micro")
+
+    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Make the twin's optimizer, or go on where the checkpoint left it."""
+        assert isinstance(pl_module, DistillationModule)
+        self.twin.to(pl_module.device)
+        self.optimizer = (self.make_optimizer or pl_module.optimizer)(self.twin.parameters())
+        make_lr_scheduler = self.make_lr_scheduler or pl_module.lr_scheduler
+        self.lr_scheduler = make_lr_scheduler(self.optimizer) if make_lr_scheduler else None
+        if self._restored:
+            self.optimizer.load_state_dict(self._restored["optimizer"])
+            if self.lr_scheduler is not None:
+                self.lr_scheduler.load_state_dict(self._restored["lr_scheduler"])
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """One step of the twin, and after the last of an epoch one of its schedule."""
+        batch = as_batch(batch)
+        self.twin.train()
+        with trainer.precision_plugin.forward_context():
+            loss = F.cross_entropy(self.twin(batch["image"]).float(), batch["target"])
+        self.optimizer.zero_grad()
+        loss.backward()  # type: ignore[no-untyped-call]
+        self.optimizer.step()
+        if self.lr_scheduler is not None and batch_idx + 1 == trainer.num_training_batches:
+            self.lr_scheduler.step()
+
+    def _measure(self, pl_module: L.LightningModule, batch: Any) -> None:
+        batch = as_batch(batch)
+        self.twin.to(pl_module.device).eval()
+        with torch.no_grad():
+            self.top1.to(pl_module.device).update(self.twin(batch["image"]), batch["target"])
+
+    def on_validation_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int, *_: Any
+    ) -> None:
+        """Count the twin's hits on validation pictures."""
+        self._measure(pl_module, batch)
+
+    def on_test_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int, *_: Any
+    ) -> None:
+        """Count the twin's hits on test pictures."""
+        self._measure(pl_module, batch)
+
+    def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Log the twin's accuracy."""
+        pl_module.log("val/plain_top1", self.top1.compute())
+        self.top1.reset()
+
+    def on_test_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Log the twin's accuracy."""
+        pl_module.log("test/plain_top1", self.top1.compute())
+        self.top1.reset()
+
+    def state_dict(self) -> dict[str, Any]:
+        """The twin and its optimizer, so that it resumes with the run."""
+        return {
+            "twin": self.twin.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "lr_scheduler": None if self.lr_scheduler is None else self.lr_scheduler.state_dict(),
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take up the twin of a checkpoint."""
+        self.twin.load_state_dict(state_dict["twin"])
+        self._restored = state_dict

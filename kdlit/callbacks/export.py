@@ -1,0 +1,78 @@
+"""What is taken out of a run: the student alone, and predictions."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.pytorch.callbacks import BasePredictionWriter
+
+from kdlit.files import write_whole
+from kdlit.modules import DistillationModule
+
+
+class StudentExport(L.Callback):
+    """Writes the student of the last epoch as a small file of its own when training ends.
+
+    The file is a dictionary of plain tensors and numbers: ``model`` (the student's state_dict), ``num_classes``,
+    ``epoch``, and ``metrics`` (the last value of everything logged). It needs neither kdlit nor the teacher:
+    ``net.load_state_dict(torch.load("student.pt")["model"])``.
+
+    Args:
+        path: file to write.
+    """
+
+    def __init__(self, path: str) -> None:
+        self.path = Path(path)
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Write the file, on the first process alone."""
+        if trainer.is_global_zero and isinstance(pl_module, DistillationModule):
+            content = {
+                "model": {name: value.detach().cpu().clone() for name, value in pl_module.student.state_dict().items()},
+                "num_classes": pl_module.num_classes,
+                "epoch": trainer.current_epoch,
+                "metrics": {name: float(value) for name, value in trainer.callback_metrics.items()},
+            }
+            write_whole(self.path, lambda file: torch.save(content, file))
+
+
+class PredictionTable(BasePredictionWriter):
+    """Writes what ``kdlit predict`` found as a table: one row a picture, in the order of the data.
+
+    Columns: ``index``, ``label`` and ``class`` (predicted), ``confidence``, and ``target`` if the pictures have labels.
+
+    Args:
+        path: CSV file to write.
+    """
+
+    def __init__(self, path: str) -> None:
+        super().__init__(write_interval="epoch")
+        self.path = Path(path)
+
+    def write_on_epoch_end(
+        self,
+        trainer: L.Trainer,
+        pl_module: L.LightningModule,
+        predictions: Sequence[Any],
+        batch_indices: Sequence[Any],
+    ) -> None:
+        """Write the table; with several processes each writes its own, the number of the process in its name."""
+        names = getattr(getattr(trainer, "datamodule", None), "class_names", None)
+        text = io.StringIO(newline="")
+        table = csv.writer(text)
+        has_target = bool(predictions) and "target" in predictions[0]
+        table.writerow(["index", "label", "class", "confidence", *(["target"] if has_target else [])])
+        indices = [index for batch in batch_indices[0] for index in batch]
+        columns = ["label", "confidence", *(["target"] if has_target else [])]
+        rows = (row for batch in predictions for row in zip(*(batch[key].tolist() for key in columns), strict=True))
+        for index, (label, confidence, *target) in zip(indices, rows, strict=True):
+            table.writerow([index, label, names[label] if names else "", f"{confidence:.6f}", *target])
+        path = self.path if trainer.world_size == 1 else self.path.with_suffix(f".{trainer.global_rank}.csv")
+        write_whole(path, lambda file: file.write(text.getvalue().encode()))
+        print(f"{len(indices)} predictions: {path}")

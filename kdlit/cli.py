@@ -1,0 +1,200 @@
+"""The command line: LightningCLI over the modules and data modules of kdlit, and a folder for each run."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import sys
+import warnings
+from pathlib import Path
+from typing import Any, NoReturn
+
+import lightning as L
+from lightning.pytorch.callbacks import LearningRateMonitor
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+from lightning.pytorch.utilities import rank_zero_only
+
+from kdlit import config_errors
+from kdlit.callbacks import BestAndLast, PredictionTable, StudentExport, StudentSummary, print_result
+from kdlit.files import WholeCheckpointIO, write_whole
+from kdlit.loggers import RunLogger
+from kdlit.modules import DistillationModule
+
+
+class _Parser(LightningArgumentParser):
+    """Says what is wrong with a config in one or two lines instead of the parser's nested report."""
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        if not self.exit_on_error:  # an inner parser, whose complaint becomes part of the outer one's
+            super().error(message, ex)
+        self.exit(2, f"kdlit: error: {config_errors.explain(message, self, sys.argv[1:])}\n")
+
+
+class _ConfigInRunFolder(SaveConfigCallback):
+    """Writes the resolved config of a ``fit`` into the run folder; a resumed run keeps the earlier ones."""
+
+    def save_config(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        if stage != "fit":
+            return
+        text = self.parser.dump(self.config, skip_none=False).encode()
+        path = Path(trainer.default_root_dir) / "config.yaml"
+        if path.exists() and path.read_bytes() != text:
+            earlier = len(list(path.parent.glob("config.*.yaml")))
+            path.rename(path.with_name(f"config.{earlier}.yaml"))
+        write_whole(path, lambda file: file.write(text))
+
+
+class _ForgetRepeatedSteps(L.Callback):
+    """On resume, drops logged rows of steps that will be run again."""
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        for logger in trainer.loggers:
+            if isinstance(logger, RunLogger) and trainer.ckpt_path:
+                logger.forget_from(trainer.global_step)
+
+
+class KdlitCLI(LightningCLI):
+    """``kdlit fit | validate | test | predict``: every run has a folder that holds all it leaves behind."""
+
+    run_dir: str
+
+    def __init__(self, args: list[str] | None = None) -> None:
+        super().__init__(
+            model_class=DistillationModule,
+            datamodule_class=L.LightningDataModule,
+            subclass_mode_model=True,
+            subclass_mode_data=True,
+            parser_class=_Parser,
+            parser_kwargs={"prog": "kdlit", "description": __doc__},
+            save_config_callback=_ConfigInRunFolder,
+            save_config_kwargs={"save_to_log_dir": False},
+            seed_everything_default=0,
+            auto_configure_optimizers=False,
+            args=args,
+        )
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Add the run folder and the checkpoint settings."""
+        parser.add_argument(
+            "--run_dir",
+            type=str | None,
+            default=None,
+            help="Folder of the run: config.yaml, metrics.csv, checkpoints/, student.pt, predictions.csv. By default "
+            "the one that --ckpt_path lies in, or else runs/NAME/version_N, NAME being that of the config file.",
+        )
+        parser.add_lightning_class_args(BestAndLast, "checkpoint")
+        parser.set_defaults({"trainer.enable_model_summary": False})
+
+    def _parse_ckpt_path(self) -> None:
+        """Leave the config as given: LightningCLI would let the checkpoint's hyper-parameters override it."""
+
+    def before_instantiate_classes(self) -> None:
+        """Settle where the run lives and which checkpoint it starts from."""
+        config = self.config[self.subcommand]
+        runs = _runs_of(Path(str(config.config[-1])) if config.config else None)
+        if config.ckpt_path == "last":
+            config.ckpt_path = self._newest_last(Path(config.run_dir) if config.run_dir else runs)
+        checkpoint = Path(config.ckpt_path).absolute() if config.ckpt_path else None
+        if checkpoint is not None and not checkpoint.is_file():
+            raise FileNotFoundError(f"--ckpt_path: there is no file {checkpoint}")
+        if config.run_dir:
+            self.run_dir = config.run_dir
+            if self.subcommand == "fit" and checkpoint is None and (Path(self.run_dir) / "metrics.csv").exists():
+                raise FileExistsError(
+                    f"--run_dir: {self.run_dir} already holds a run; go on with it by --ckpt_path=last, or name another"
+                )
+        elif checkpoint is not None and (checkpoint.parent.parent / "config.yaml").exists():
+            self.run_dir = os.path.relpath(checkpoint.parent.parent)
+        else:
+            self.run_dir = _new_run_dir(runs)
+        config.checkpoint.dirpath = config.checkpoint.dirpath or f"{self.run_dir}/checkpoints"
+        config.trainer.default_root_dir = self.run_dir
+
+    def _newest_last(self, folder: Path) -> str | None:
+        """The newest ``last.ckpt`` at or below a folder; None, after saying so, where a fit has yet to begin."""
+        found = sorted(folder.glob("**/checkpoints/last.ckpt"), key=lambda path: path.stat().st_mtime)
+        if found:
+            rank_zero_only(print)(f"--ckpt_path=last: {found[-1]}")
+            return str(found[-1])
+        if self.subcommand != "fit":
+            raise FileNotFoundError(f"--ckpt_path=last: no run in {folder.absolute()} has a checkpoint yet")
+        rank_zero_only(print)(f"--ckpt_path=last: no checkpoint in {folder} yet, starting afresh")
+        return None
+
+    def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
+        """Add what every run has to what the config asks for."""
+        trainer = self.config_init[self.subcommand].trainer
+        loggers = trainer.logger if isinstance(trainer.logger, list) else [trainer.logger]
+        loggers = [logger for logger in loggers if not isinstance(logger, bool) and logger is not None]
+        plugins = trainer.plugins if isinstance(trainer.plugins, list) else [trainer.plugins]
+        callbacks: list[L.Callback] = [
+            StudentSummary(),
+            _ForgetRepeatedSteps(),
+            StudentExport(f"{self.run_dir}/student.pt"),
+            PredictionTable(f"{self.run_dir}/predictions.csv"),
+        ]
+        if self.subcommand == "fit" and trainer.logger is not False and not trainer.fast_dev_run:
+            loggers.insert(0, RunLogger(self.run_dir))
+            callbacks.append(LearningRateMonitor("epoch"))
+        self.trainer_defaults = {"callbacks": callbacks}
+        return super().instantiate_trainer(
+            logger=loggers or False,
+            plugins=[plugin for plugin in plugins if plugin is not None] + [WholeCheckpointIO()],
+            **kwargs,
+        )
+
+    def after_fit(self) -> None:
+        """Show what was reached, once the progress bar is gone."""
+        rank_zero_only(print_result)(self.trainer, self.run_dir)
+
+    def after_validate(self) -> None:
+        """Keep the figures."""
+        self._save_figures()
+
+    def after_test(self) -> None:
+        """Keep the figures."""
+        self._save_figures()
+
+    @rank_zero_only
+    def _save_figures(self) -> None:
+        figures = {name: float(value) for name, value in self.trainer.callback_metrics.items()}
+        result = {"checkpoint": self.config[self.subcommand].ckpt_path, **figures}
+        path = Path(self.run_dir) / f"{self.subcommand}.json"
+        write_whole(path, lambda file: file.write(json.dumps(result, indent=2).encode()))
+        print(f"Figures: {path}")
+
+
+def _runs_of(config: Path | None) -> Path:
+    """Folder of all runs of one config: ``runs/NAME``, also for the ``config.yaml`` that such a run saved."""
+    if config is None:
+        return Path("runs/run")
+    return config.parent.parent if config.name == "config.yaml" else Path("runs") / config.stem
+
+
+def _new_run_dir(folder: Path) -> str:
+    """``version_N`` with the first free N; processes that a strategy starts take over the choice of the first."""
+    key = "KDLIT_RUN_DIR"
+    if "LOCAL_RANK" in os.environ and key in os.environ:
+        return os.environ[key]
+    number = 0
+    while (folder / f"version_{number}").exists():
+        number += 1
+    os.environ[key] = str(folder / f"version_{number}")
+    return os.environ[key]
+
+
+def main(args: list[str] | None = None) -> None:
+    """Run the command line; mistakes of the user end in one clear message and exit status 2."""
+    if os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())  # a loss or network in a file beside the config can be named by class_path
+    for noise in ("Tip: ", "isinstance.treespec", "The number of training batches", "Found .* module.s. in eval mode"):
+        warnings.filterwarnings("ignore", f".*{noise}")
+    tips = logging.getLogger("lightning.pytorch.utilities.rank_zero")
+    tips.addFilter(lambda record: "Tip:" not in record.getMessage())
+    try:
+        KdlitCLI(args)
+    except Exception as error:
+        if (message := config_errors.users_mistake(error)) is None or "KDLIT_TRACEBACK" in os.environ:
+            raise
+        sys.exit(f"kdlit: error: {message}")

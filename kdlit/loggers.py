@@ -1,0 +1,87 @@
+"""The log that every run keeps on disk."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch.loggers.logger import Logger
+from lightning.pytorch.utilities import rank_zero_only
+
+from kdlit.files import write_whole
+
+
+class RunLogger(Logger):
+    """Appends to ``metrics.csv`` in the run folder, one row an event; a resumed run goes on in the same file.
+
+    Args:
+        run_dir: folder of the run; made when the first row is written.
+    """
+
+    def __init__(self, run_dir: str) -> None:
+        super().__init__()
+        self.path = Path(run_dir) / "metrics.csv"
+        self._columns = self._read_header()
+
+    @property
+    def name(self) -> str:
+        """Empty: the run folder is not divided further."""
+        return ""
+
+    @property
+    def version(self) -> str:
+        """Empty: the run folder is not divided further."""
+        return ""
+
+    @property
+    def save_dir(self) -> str:
+        """The run folder."""
+        return str(self.path.parent)
+
+    @property
+    def log_dir(self) -> str:
+        """The run folder."""
+        return self.save_dir
+
+    def log_hyperparams(self, params: Any, *args: Any, **kwargs: Any) -> None:
+        """Nothing: the run folder holds config.yaml."""
+
+    @rank_zero_only
+    def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
+        """Add a row; a metric not seen before becomes a new column."""
+        row = {"step": step, **metrics}
+        if new := [column for column in row if column not in self._columns]:
+            self._rewrite(self._read(), [*self._columns, *new])
+        with self.path.open("a", newline="", encoding="utf-8") as file:
+            csv.DictWriter(file, self._columns).writerow(row)
+
+    @rank_zero_only
+    def forget_from(self, step: int) -> None:
+        """Drop the rows of this step and later ones, which a resumed run will write again."""
+        rows = self._read()
+        kept = [row for row in rows if not row["step"] or int(row["step"]) < step]
+        if len(kept) < len(rows):
+            self._rewrite(kept, self._columns)
+
+    def _read_header(self) -> list[str]:
+        if not self.path.exists():
+            return []
+        with self.path.open(newline="", encoding="utf-8") as file:
+            return next(csv.reader(file), [])
+
+    def _read(self) -> list[dict[str, str]]:
+        if not self.path.exists():
+            return []
+        with self.path.open(newline="", encoding="utf-8") as file:
+            return list(csv.DictReader(file))
+
+    def _rewrite(self, rows: list[dict[str, str]], columns: list[str]) -> None:
+        text = io.StringIO(newline="")
+        writer = csv.DictWriter(text, columns)
+        writer.writeheader()
+        writer.writerows(rows)
+        write_whole(self.path, lambda file: file.write(text.getvalue().encode()))
+        self._columns = columns

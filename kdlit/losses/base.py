@@ -1,0 +1,111 @@
+"""The contract between a distillation method and the module that trains with it."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Sequence
+
+from torch import Tensor, nn
+
+from kdlit.losses.functional import check_not_negative
+from kdlit.types import Batch, ModelOutput
+
+
+class DistillationLoss(nn.Module):
+    """One term of the objective: override :meth:`forward`, and of the other hooks only what the method needs.
+
+    Parameters and sub-modules of a loss (a learnable temperature, a connector) are optimised with the student; buffers
+    (a memory bank) and parameters are saved in the checkpoint. None of them is part of the exported student.
+
+    Attributes:
+        student_layers: dotted paths of student layers whose outputs the loss reads from ``student.features``.
+        teacher_layers: the same for the teacher.
+        needs_teacher: whether the loss reads the teacher at all; a module without a teacher refuses those that do.
+    """
+
+    student_layers: Sequence[str] = ()
+    teacher_layers: Sequence[str] = ()
+    needs_teacher: bool = True
+
+    def setup(self, student: nn.Module, teacher: nn.Module | None, example: Tensor) -> None:
+        """Build what depends on the networks; called once, when the module is built and before the optimizer is.
+
+        Args:
+            student: the network that will be trained.
+            teacher: the frozen network, or None if the module has none.
+            example: a batch of one black picture, shape ``(1, *input_size)``.
+        """
+
+    def on_train_epoch_start(self, epoch: int, max_epochs: int) -> None:
+        """Move schedules.
+
+        Args:
+            epoch: number of the epoch that starts, from 0.
+            max_epochs: how many epochs the run has; -1 if it has no end.
+        """
+
+    @abstractmethod
+    def forward(self, student: ModelOutput, teacher: ModelOutput, batch: Batch) -> Tensor:
+        """Return the scalar loss of one batch; read the state of the loss, do not change it.
+
+        Args:
+            student: what the student gave for ``batch["image"]``; logits and features in float32.
+            teacher: what the teacher gave, without a graph; None for a module that has no teacher.
+            batch: the pictures and their labels.
+        """
+        raise NotImplementedError
+
+    def on_train_batch_end(self, student: ModelOutput, teacher: ModelOutput, batch: Batch) -> None:
+        """Update memories after the optimizer's step; the arguments are those of :meth:`forward`, detached."""
+
+
+class WeightedLoss(DistillationLoss):
+    """A loss and how much it counts: ``weight * min((epoch + 1) / warmup_epochs, 1) * loss``, epochs from 0.
+
+    Args:
+        loss: the term.
+        weight: factor of the term in the objective, >= 0; 0 switches the term off but keeps logging it.
+        warmup_epochs: epochs over which the factor rises linearly to ``weight``; 0 for none, 20 in DKD
+            (Zhao et al. 2022, appendix A.2).
+
+    Raises:
+        ValueError: If the weight is negative or ``warmup_epochs`` is not a whole number of at least 0.
+    """
+
+    def __init__(self, loss: DistillationLoss, weight: float = 1.0, warmup_epochs: int = 0) -> None:
+        super().__init__()
+        if warmup_epochs != int(check_not_negative("warmup_epochs", warmup_epochs)):
+            raise ValueError(f"warmup_epochs must be a whole number, got {warmup_epochs!r}")
+        self.loss = loss
+        self.weight = check_not_negative("weight", weight)
+        self.warmup_epochs = warmup_epochs
+        self.student_layers = loss.student_layers
+        self.teacher_layers = loss.teacher_layers
+        self.needs_teacher = loss.needs_teacher
+        self.warmup = self._warmup(epoch=0)
+
+    def _warmup(self, epoch: int) -> float:
+        return min((epoch + 1) / self.warmup_epochs, 1.0) if self.warmup_epochs else 1.0
+
+    @property
+    def factor(self) -> float:
+        """What the raw loss is multiplied by in this epoch."""
+        return self.weight * self.warmup
+
+    def setup(self, student: nn.Module, teacher: nn.Module | None, example: Tensor) -> None:
+        """Set up the wrapped loss."""
+        self.loss.setup(student, teacher, example)
+
+    def on_train_epoch_start(self, epoch: int, max_epochs: int) -> None:
+        """Move the warm-up on, then the wrapped loss."""
+        self.warmup = self._warmup(epoch)
+        self.loss.on_train_epoch_start(epoch, max_epochs)
+
+    def forward(self, student: ModelOutput, teacher: ModelOutput, batch: Batch) -> Tensor:
+        """Return the weighted loss of one batch."""
+        loss: Tensor = self.loss(student, teacher, batch)
+        return self.factor * loss
+
+    def on_train_batch_end(self, student: ModelOutput, teacher: ModelOutput, batch: Batch) -> None:
+        """Tell the wrapped loss."""
+        self.loss.on_train_batch_end(student, teacher, batch)

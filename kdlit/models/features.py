@@ -1,0 +1,126 @@
+"""Looking inside any network by dotted path, without touching its code."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+
+class FeatureTap:
+    """Catches the outputs of some layers of a network during its forward pass.
+
+    Register the tap before the network is compiled: hooks added later are not called by compiled code. A layer whose
+    output is overwritten in place by what follows it (a ReLU with ``inplace=True``) is noticed on the first pass; from
+    then on the tap keeps a copy of that output.
+
+    Args:
+        model: the network to watch.
+        paths: dotted paths of its layers, such as ``layer3.0.bn2``.
+
+    Raises:
+        ValueError: If a path does not exist; the message lists close names.
+    """
+
+    def __init__(self, model: nn.Module, paths: Iterable[str]) -> None:
+        self._caught: dict[str, tuple[Tensor, int]] = {}
+        self._overwritten: set[str] = set()
+        self._paths = frozenset(paths)
+        self._handles = [
+            find_layer(model, path).register_forward_hook(_Catch(self, path)) for path in sorted(self._paths)
+        ]
+
+    def catch(self, path: str, output: object) -> None:
+        """Remember the output of the layer at ``path``; called by the hook."""
+        if not isinstance(output, Tensor):
+            raise TypeError(f"layer {path!r} gave {type(output).__name__}, but only tensors can be used as features")
+        if path in self._overwritten:
+            output = output.clone()
+        self._caught[path] = (output, output._version)
+
+    def take(self) -> dict[str, Tensor]:
+        """Return what the last forward pass gave, by path, and forget it.
+
+        Raises:
+            RuntimeError: If the pass went around one of the layers.
+        """
+        caught, self._caught = self._caught, {}
+        if missing := self._paths - caught.keys():
+            raise RuntimeError(f"the forward pass did not go through layer {', '.join(sorted(missing))}")
+        self._overwritten |= {path for path, (output, version) in caught.items() if output._version != version}
+        return {path: output for path, (output, _) in caught.items()}
+
+    def remove(self) -> None:
+        """Unhook from the network."""
+        for handle in self._handles:
+            handle.remove()
+
+
+class _Catch:
+    """A forward hook that survives copying and pickling, which a closure would not."""
+
+    def __init__(self, tap: FeatureTap, path: str) -> None:
+        self.tap = tap
+        self.path = path
+
+    def __call__(self, module: nn.Module, args: object, output: object) -> None:
+        self.tap.catch(self.path, output)
+
+
+def find_layer(model: nn.Module, path: str) -> nn.Module:
+    """Return the sub-module at a dotted path.
+
+    Raises:
+        ValueError: If there is none; the message lists close names.
+    """
+    layers: dict[str, nn.Module] = dict(model.named_modules())
+    if path and path in layers:
+        return layers[path]
+    close = difflib.get_close_matches(path, layers, n=5, cutoff=0.4) or [name for name, _ in model.named_children()]
+    raise ValueError(f"{type(model).__name__} has no layer {path!r}; close names: {', '.join(close)}")
+
+
+def feature_shapes(model: nn.Module, paths: Iterable[str], example: Tensor) -> dict[str, tuple[int, ...]]:
+    """Shapes that some layers give for a batch like ``example``, batch dimension included.
+
+    The pass leaves the network as it was: batch-norm statistics, training mode and random state.
+
+    Args:
+        model: any network.
+        paths: dotted paths of its layers.
+        example: a batch of pictures, shape ``(B, C, H, W)``.
+
+    Raises:
+        ValueError: If a path does not exist.
+    """
+    tap = FeatureTap(model, paths)
+    try:
+        dry_run(model, example)
+        return {path: tuple(output.shape) for path, output in tap.take().items()}
+    finally:
+        tap.remove()
+
+
+def dry_run(model: nn.Module, example: Tensor) -> object:
+    """Return what ``model`` gives for ``example`` in eval mode; nothing of the model or the random state changes."""
+    parameter = next(model.parameters(), example)
+    with torch.no_grad(), torch.random.fork_rng(), _eval_mode(model):
+        return model(example.to(parameter.device, parameter.dtype))
+
+
+@contextmanager
+def _eval_mode(model: nn.Module) -> Iterator[None]:
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes.items():
+            module.training = mode

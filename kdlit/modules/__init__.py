@@ -1,0 +1,6 @@
+"""LightningModules: the base that distils, and one subclass for each task."""
+
+from kdlit.modules.base import DistillationModule
+from kdlit.modules.classification import ClassificationDistillation
+
+__all__ = ["ClassificationDistillation", "DistillationModule"]

@@ -1,0 +1,245 @@
+"""The LightningModule that distils: two forward passes a step, everything else delegated to the losses."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, cast
+
+import lightning as L
+import torch
+from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from lightning.pytorch.core.mixins.hparams_mixin import _given_hyperparameters
+from lightning.pytorch.utilities.types import OptimizerLRScheduler
+from torch import Tensor, nn
+
+from kdlit.losses import DistillationLoss, WeightedLoss
+from kdlit.losses.functional import widened
+from kdlit.models.features import FeatureTap, dry_run
+from kdlit.types import Batch, ModelOutput
+
+
+def _default_optimizer(params: Any) -> torch.optim.Optimizer:
+    return torch.optim.SGD(params, lr=0.05, momentum=0.9, weight_decay=5e-4)
+
+
+class DistillationModule(L.LightningModule):
+    """Trains a student with a frozen teacher: ``objective = sum of weight * warm-up * loss``.
+
+    The teacher takes no part in training: no gradients, always in eval mode, no graph, not in the optimizer, in no DDP
+    bucket and no checkpoint; on resume its weights come from where they came from before. Without a teacher the module
+    trains the student plainly, which is how teachers are made.
+
+    A task is a subclass that adds metrics and the validation, test and predict steps.
+
+    Args:
+        student: network to train; its forward takes pictures and returns logits.
+        losses: terms of the objective by name; a bare loss counts with weight 1, null removes a term.
+        teacher: frozen network with as many classes as the student, or null.
+        optimizer: makes the optimizer from the parameters of student and losses.
+        lr_scheduler: makes the learning-rate schedule from the optimizer, stepped once an epoch.
+        input_size: size of one picture, ``(C, H, W)``, for the dry run that checks both networks at construction.
+
+    Raises:
+        ValueError: If the class counts differ, a loss lacks its teacher, a layer path does not exist, there is no loss
+            or a network cannot take pictures of ``input_size``.
+    """
+
+    teacher: nn.Module | None
+
+    def __init__(
+        self,
+        student: nn.Module,
+        losses: Mapping[str, WeightedLoss | DistillationLoss | None],
+        teacher: nn.Module | None = None,
+        optimizer: OptimizerCallable = _default_optimizer,
+        lr_scheduler: LRSchedulerCallable | None = None,
+        input_size: Sequence[int] = (3, 32, 32),
+    ) -> None:
+        super().__init__()
+        if _given_hyperparameters.get() is not None:
+            # From the command line these are plain specs, which rebuild the module from a checkpoint. Objects given
+            # from Python would be pickled into it, so there they stay out.
+            self.save_hyperparameters(logger=False)
+        self.student = student
+        self.teacher = None if teacher is None else teacher.requires_grad_(False).eval()
+        self.losses = nn.ModuleDict(_weighted(losses))
+        self.optimizer = optimizer
+        self.lr_scheduler = lr_scheduler
+
+        if teacher is not None and {id(p) for p in student.parameters()} & {id(p) for p in teacher.parameters()}:
+            raise ValueError("student and teacher share parameters; give the teacher its own copy (copy.deepcopy)")
+        example = torch.zeros(1, *input_size)
+        terms = self._terms()
+        for name, term in terms.items():
+            if self.teacher is None and term.needs_teacher:
+                raise ValueError(f"losses.{name} ({type(term.loss).__name__}) needs a teacher, but teacher is None")
+        self._student_tap = FeatureTap(student, (path for term in terms.values() for path in term.student_layers))
+        self.num_classes = self._probe("student", student, example, self._student_tap)
+        if teacher is not None:
+            self._teacher_tap = FeatureTap(teacher, (path for term in terms.values() for path in term.teacher_layers))
+            if (teacher_classes := self._probe("teacher", teacher, example, self._teacher_tap)) != self.num_classes:
+                raise ValueError(
+                    f"student and teacher must have the same classes, but the student gives {self.num_classes} logits "
+                    f"and the teacher {teacher_classes}; set num_classes of the student to {teacher_classes}"
+                )
+            # DDP reads this attribute of the module it wraps and then broadcasts nothing of the teacher.
+            self._ddp_params_and_buffers_to_ignore = [f"teacher.{name}" for name in teacher.state_dict()]
+        for term in terms.values():
+            term.setup(student, teacher, example)
+
+    def _terms(self) -> dict[str, WeightedLoss]:
+        return cast("dict[str, WeightedLoss]", dict(self.losses.items()))
+
+    def _probe(self, role: str, model: nn.Module, example: Tensor, tap: FeatureTap) -> int:
+        """Check that a network maps pictures to logits through the layers asked for; return how many classes it has."""
+        try:
+            output = dry_run(model, example)
+            tap.take()
+        except Exception as error:
+            raise ValueError(
+                f"the {role} ({type(model).__name__}) cannot take pictures of input_size "
+                f"{tuple(example.shape[1:])}: {error}"
+            ) from error
+        logits = _logits(output, role)
+        if logits.ndim != 2 or logits.shape[0] != 1:
+            raise ValueError(
+                f"the {role} ({type(model).__name__}) must give logits of shape (batch, classes), but gives "
+                f"{tuple(logits.shape)} for a batch of shape {tuple(example.shape)}"
+            )
+        return logits.shape[1]
+
+    # What a network sees
+
+    def forward(self, image: Tensor) -> Tensor:
+        """Return the student's logits, shape ``(B, C)``, for pictures of shape ``(B, *input_size)``."""
+        return _logits(self.student(image), "student")
+
+    def run_student(self, batch: Batch) -> ModelOutput:
+        """One forward pass of the student."""
+        logits = _logits(self.student(batch["image"]), "student")
+        return _full_precision_output(logits, self._student_tap.take())
+
+    def run_teacher(self, batch: Batch) -> ModelOutput:
+        """One forward pass of the teacher, without a graph; None for a module that has no teacher."""
+        if self.teacher is None:
+            return cast("ModelOutput", None)  # only losses with needs_teacher=False read it
+        with torch.no_grad():
+            logits = _logits(self.teacher(batch["image"]), "teacher")
+        return _full_precision_output(logits, self._teacher_tap.take())
+
+    # Training
+
+    def training_step(self, batch: Any, batch_idx: int) -> dict[str, Any]:
+        """Run both networks once and add up the losses."""
+        batch = as_batch(batch)
+        teacher, student = self.run_teacher(batch), self.run_student(batch)
+        objective = torch.zeros((), device=student.logits.device)
+        logged = {}
+        with torch.autocast(student.logits.device.type, enabled=False):
+            for name, term in self._terms().items():
+                value = term.loss(student, teacher, batch)
+                objective = objective + term.factor * value
+                logged[f"train/loss/{name}"] = value.detach()
+        self.log("loss", objective.detach(), prog_bar=True, logger=False)
+        self.log_dict(
+            {"train/loss": objective.detach(), **logged}, on_step=False, on_epoch=True, batch_size=len(batch["image"])
+        )
+        return {
+            "loss": objective,
+            "batch": batch,
+            "student": student.detach(),
+            "teacher": None if teacher is None else teacher.detach(),
+        }
+
+    def on_train_epoch_start(self) -> None:
+        """Tell the losses which epoch starts."""
+        for term in self._terms().values():
+            term.on_train_epoch_start(self.current_epoch, self.trainer.max_epochs or -1)
+
+    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+        """Let the losses update their memories."""
+        for term in self._terms().values():
+            term.on_train_batch_end(outputs["student"], outputs["teacher"], outputs["batch"])
+
+    def configure_optimizers(self) -> OptimizerLRScheduler:
+        """Optimise what is trainable in student and losses, never the teacher."""
+        self.losses.float()  # losses see float32 also when the networks run in half precision
+        trainable = [p for part in (self.student, self.losses) for p in part.parameters() if p.requires_grad]
+        if not trainable:
+            raise ValueError("the student has no trainable parameter; all have requires_grad=False")
+        optimizer = self.optimizer(trainable)
+        if self.lr_scheduler is None:
+            return optimizer
+        scheduler = self.lr_scheduler(optimizer)
+        monitor = getattr(scheduler, "monitor", "val/loss")  # read by ReduceLROnPlateau alone
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "monitor": monitor}}
+
+    # Teacher hygiene
+
+    def train(self, mode: bool = True) -> DistillationModule:
+        """Set the mode of student and losses; the teacher stays in eval mode."""
+        super().train(mode)
+        if self.teacher is not None:
+            self.teacher.eval()
+        return self
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Leave the teacher out."""
+        state = checkpoint["state_dict"]
+        checkpoint["state_dict"] = {name: value for name, value in state.items() if not name.startswith("teacher.")}
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Put the teacher's own weights in, so that loading stays strict."""
+        if self.teacher is not None:
+            checkpoint["state_dict"].update(self.teacher.state_dict(prefix="teacher."))
+
+    def setup(self, stage: str) -> None:
+        """Refuse a data set with other classes than the networks have."""
+        data_classes = getattr(getattr(self.trainer, "datamodule", None), "num_classes", None)
+        if data_classes is not None and data_classes != self.num_classes:
+            raise ValueError(
+                f"the data has {data_classes} classes, but the student gives {self.num_classes} logits; "
+                f"set num_classes of student and teacher to {data_classes}"
+            )
+
+
+def _weighted(losses: Mapping[str, WeightedLoss | DistillationLoss | None]) -> dict[str, WeightedLoss]:
+    terms = {
+        name: loss if isinstance(loss, WeightedLoss) else WeightedLoss(loss)
+        for name, loss in losses.items()
+        if loss is not None
+    }
+    if not terms:
+        raise ValueError("losses must name at least one loss, got none")
+    for name in terms:
+        if not name or "." in name:
+            raise ValueError(f"the names in losses must be non-empty and without dots, got {name!r}")
+    return terms
+
+
+def _logits(output: object, role: str) -> Tensor:
+    logits = getattr(output, "logits", output)
+    if not isinstance(logits, Tensor):
+        raise TypeError(
+            f"the {role} must return logits or an object with .logits, but returned {type(output).__name__}; "
+            "wrap it in a module whose forward returns the logits alone"
+        )
+    return logits
+
+
+def _full_precision_output(logits: Tensor, features: dict[str, Tensor]) -> ModelOutput:
+    return ModelOutput(widened(logits), {path: widened(value) for path, value in features.items()})
+
+
+def as_batch(batch: Any) -> Batch:
+    """Name the parts of a batch: ``(image, target)`` and ``(image, target, index)`` become a dictionary.
+
+    Raises:
+        TypeError: If the batch is neither such a tuple nor a dictionary with the key ``image``.
+    """
+    if isinstance(batch, Mapping) and "image" in batch:
+        return cast("Batch", batch)
+    if isinstance(batch, (tuple, list)) and len(batch) in (2, 3):
+        return cast("Batch", dict(zip(("image", "target", "index"), batch, strict=False)))
+    got = sorted(batch) if isinstance(batch, Mapping) else type(batch).__name__
+    raise TypeError(f"a batch must be (image, target), (image, target, index) or a dictionary with 'image', got {got}")

@@ -1,0 +1,42 @@
+"""The nouns that data, losses and modules share."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TypedDict
+
+from torch import Tensor
+from typing_extensions import NotRequired
+
+
+class Batch(TypedDict):
+    """One batch of pictures with their labels.
+
+    Keys:
+        image: pictures as the networks take them, float, shape ``(B, C, H, W)``.
+        target: labels, int64, shape ``(B,)``; absent when predicting on unlabelled pictures.
+        index: positions of the samples in the data set, int64, shape ``(B,)``; only for losses with a memory.
+        image_strong: a second, strongly augmented view of ``image``; only for methods with two views.
+    """
+
+    image: Tensor
+    target: NotRequired[Tensor]
+    index: NotRequired[Tensor]
+    image_strong: NotRequired[Tensor]
+
+
+@dataclass
+class ModelOutput:
+    """What one forward pass of a network gave.
+
+    Attributes:
+        logits: class scores before softmax, float, shape ``(B, K)``.
+        features: the outputs of the layers that the losses asked for, by dotted path.
+    """
+
+    logits: Tensor
+    features: dict[str, Tensor] = field(default_factory=dict)
+
+    def detach(self) -> ModelOutput:
+        """The same values without their graph."""
+        return ModelOutput(self.logits.detach(), {path: value.detach() for path, value in self.features.items()})
