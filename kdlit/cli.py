@@ -11,15 +11,26 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import lightning as L
-from lightning.pytorch.callbacks import LearningRateMonitor
+import torch
+from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.utilities import rank_zero_only
 
 from kdlit import config_errors
-from kdlit.callbacks import BestAndLast, PredictionTable, StudentExport, StudentSummary, print_result
+from kdlit.callbacks import PredictionTable, StudentExport, StudentSummary, print_result
 from kdlit.files import WholeCheckpointIO, write_whole
 from kdlit.loggers import RunLogger
 from kdlit.modules import DistillationModule
+
+# Warnings of the libraries beneath that tell a user of the command line nothing to act on.
+_NOISE = (
+    "isinstance.treespec",
+    "The number of training batches",
+    "Found .* module.s. in eval mode",  # the teacher is meant to be
+    "could not find the monitored key",  # there is no validation, or not yet
+    "Total length of .* across ranks is zero",  # likewise
+    "does not have many workers",  # batches are prepared whole, faster than workers could hand them over
+)
 
 
 class _Parser(LightningArgumentParser):
@@ -32,11 +43,13 @@ class _Parser(LightningArgumentParser):
 
 
 class _ConfigInRunFolder(SaveConfigCallback):
-    """Writes the resolved config of a ``fit`` into the run folder; a resumed run keeps the earlier ones."""
+    """Writes the resolved config into the run folder once nothing is left to refuse; a resume keeps the earlier ones."""
 
-    def save_config(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        if stage != "fit":
-            return
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Nothing yet: the data and the networks may still turn out not to fit."""
+
+    @rank_zero_only
+    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         text = self.parser.dump(self.config, skip_none=False).encode()
         path = Path(trainer.default_root_dir) / "config.yaml"
         if path.exists() and path.read_bytes() != text:
@@ -68,7 +81,6 @@ class KdlitCLI(LightningCLI):
             parser_class=_Parser,
             parser_kwargs={"prog": "kdlit", "description": __doc__},
             save_config_callback=_ConfigInRunFolder,
-            save_config_kwargs={"save_to_log_dir": False},
             seed_everything_default=0,
             auto_configure_optimizers=False,
             args=args,
@@ -81,9 +93,17 @@ class KdlitCLI(LightningCLI):
             type=str | None,
             default=None,
             help="Folder of the run: config.yaml, metrics.csv, checkpoints/, student.pt, predictions.csv. By default "
-            "the one that --ckpt_path lies in, or else runs/NAME/version_N, NAME being that of the config file.",
+            "the one that --ckpt_path lies in, or else runs/NAME/version_N, NAME being that of the config files.",
         )
-        parser.add_lightning_class_args(BestAndLast, "checkpoint")
+        parser.add_argument(
+            "--torch_threads",
+            type=int | None,
+            default=None,
+            help="Threads of each process that compute on the CPU; 1 is fastest for networks as small as the quickstart's.",
+        )
+        parser.add_lightning_class_args(ModelCheckpoint, "checkpoint")
+        best = {"filename": "best", "monitor": "val/top1", "mode": "max", "auto_insert_metric_name": False}
+        parser.set_defaults({f"checkpoint.{name}": value for name, value in best.items()})
         parser.set_defaults({"trainer.enable_model_summary": False})
 
     def _parse_ckpt_path(self) -> None:
@@ -92,7 +112,7 @@ class KdlitCLI(LightningCLI):
     def before_instantiate_classes(self) -> None:
         """Settle where the run lives and which checkpoint it starts from."""
         config = self.config[self.subcommand]
-        runs = _runs_of(Path(str(config.config[-1])) if config.config else None)
+        runs = _runs_of([Path(str(path)) for path in config.config or []])
         if config.ckpt_path == "last":
             config.ckpt_path = self._newest_last(Path(config.run_dir) if config.run_dir else runs)
         checkpoint = Path(config.ckpt_path).absolute() if config.ckpt_path else None
@@ -108,6 +128,8 @@ class KdlitCLI(LightningCLI):
             self.run_dir = os.path.relpath(checkpoint.parent.parent)
         else:
             self.run_dir = _new_run_dir(runs)
+        if config.torch_threads:
+            torch.set_num_threads(config.torch_threads)
         config.checkpoint.dirpath = config.checkpoint.dirpath or f"{self.run_dir}/checkpoints"
         config.trainer.default_root_dir = self.run_dir
 
@@ -133,6 +155,8 @@ class KdlitCLI(LightningCLI):
             _ForgetRepeatedSteps(),
             StudentExport(f"{self.run_dir}/student.pt"),
             PredictionTable(f"{self.run_dir}/predictions.csv"),
+            # With save_last, ModelCheckpoint writes the last only when it is also the best.
+            ModelCheckpoint(dirpath=f"{self.run_dir}/checkpoints", filename="last", save_on_train_epoch_end=True),
         ]
         if self.subcommand == "fit" and trainer.logger is not False and not trainer.fast_dev_run:
             loggers.insert(0, RunLogger(self.run_dir))
@@ -165,11 +189,11 @@ class KdlitCLI(LightningCLI):
         print(f"Figures: {path}")
 
 
-def _runs_of(config: Path | None) -> Path:
-    """Folder of all runs of one config: ``runs/NAME``, also for the ``config.yaml`` that such a run saved."""
-    if config is None:
-        return Path("runs/run")
-    return config.parent.parent if config.name == "config.yaml" else Path("runs") / config.stem
+def _runs_of(configs: list[Path]) -> Path:
+    """Folder of all runs of some configs: ``runs/NAME-NAME``, also for the ``config.yaml`` that such a run saved."""
+    if configs and configs[0].name == "config.yaml":
+        return configs[0].parent.parent
+    return Path("runs") / ("-".join(path.stem for path in configs) or "run")
 
 
 def _new_run_dir(folder: Path) -> str:
@@ -188,7 +212,7 @@ def main(args: list[str] | None = None) -> None:
     """Run the command line; mistakes of the user end in one clear message and exit status 2."""
     if os.getcwd() not in sys.path:
         sys.path.append(os.getcwd())  # a loss or network in a file beside the config can be named by class_path
-    for noise in ("Tip: ", "isinstance.treespec", "The number of training batches", "Found .* module.s. in eval mode"):
+    for noise in _NOISE:
         warnings.filterwarnings("ignore", f".*{noise}")
     tips = logging.getLogger("lightning.pytorch.utilities.rank_zero")
     tips.addFilter(lambda record: "Tip:" not in record.getMessage())

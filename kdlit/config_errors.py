@@ -51,8 +51,8 @@ def explain(message: str, parser: ArgumentParser, arguments: list[str]) -> str:
     if found := re.search(r"module '([^']+)' has no attribute '([^']+)'", leaf):
         names = dir(importlib.import_module(found[1]))
         return f"{found[1]} has no {found[2]!r}" + _place(found[2], arguments) + _close(found[2], names)
-    if class_path.endswith((".yaml", ".yml")) and "No module named" in leaf:
-        return f"there is no file {class_path!r}" + _place(class_path, arguments)
+    if found := re.search(r"[\w./~-]+\.ya?ml", f"{class_path} {leaf}"):
+        return f"there is no file {found[0]!r}" + _place(found[0], arguments)
     return ": ".join([".".join(keys), leaf]) if keys else leaf
 
 

@@ -1,8 +1,7 @@
 """What watches a run without changing the student's gradient."""
 
 from kdlit.callbacks.baseline import PlainBaseline
-from kdlit.callbacks.checkpoint import BestAndLast
 from kdlit.callbacks.export import PredictionTable, StudentExport
 from kdlit.callbacks.report import StudentSummary, print_result
 
-__all__ = ["BestAndLast", "PlainBaseline", "PredictionTable", "StudentExport", "StudentSummary", "print_result"]
+__all__ = ["PlainBaseline", "PredictionTable", "StudentExport", "StudentSummary", "print_result"]

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import os
-
 import lightning as L
+from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities import rank_zero_only
 from rich.console import Console
 from rich.table import Table
 from torch import nn
 
-from kdlit.callbacks.checkpoint import BestAndLast
 from kdlit.modules import DistillationModule
 
 
@@ -48,14 +46,15 @@ def print_result(trainer: L.Trainer, run_dir: str) -> None:
         trainer: one that has fitted.
         run_dir: folder of the run.
     """
-    metrics, checkpoint = trainer.callback_metrics, trainer.checkpoint_callback
+    metrics = trainer.callback_metrics
     rows = [
         ("teacher", metrics.get("val/teacher_top1")),
         ("student trained alone", metrics.get("val/plain_top1")),
         ("student, distilled" if "val/teacher_top1" in metrics else "student", metrics.get("val/top1")),
     ]
-    if isinstance(checkpoint, BestAndLast) and checkpoint.monitor == "val/top1":
-        rows.append(("  its best epoch, for comparison", checkpoint.best_model_score))
+    best = next((kept for kept in trainer.checkpoint_callbacks if getattr(kept, "monitor", None) == "val/top1"), None)
+    if isinstance(best, ModelCheckpoint):
+        rows.append(("  its best epoch, for comparison", best.best_model_score))
     table = Table("Network", "top-1 %", title=f"Held-out validation pictures, after epoch {trainer.current_epoch}")
     table.columns[1].justify = "right"
     for name, value in rows:
@@ -64,7 +63,5 @@ def print_result(trainer: L.Trainer, run_dir: str) -> None:
     console = Console()
     if table.row_count:
         console.print(table)
-    for what, path in (("Run folder", run_dir), ("Student alone", f"{run_dir}/student.pt")):
-        console.print(f"{what}: {path}", soft_wrap=True)
-    if isinstance(checkpoint, BestAndLast) and checkpoint.last_model_path:
-        console.print(f"Checkpoint: {os.path.relpath(checkpoint.last_model_path)}", soft_wrap=True)
+    console.print(f"Checkpoint: {run_dir}/checkpoints/last.ckpt", soft_wrap=True)
+    console.print(f"Student alone: {run_dir}/student.pt", soft_wrap=True)

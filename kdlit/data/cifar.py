@@ -62,7 +62,10 @@ class CIFAR100(PictureDataModule):
         return Path(self.root).expanduser() / _FOLDER
 
     def _check_folder(self) -> None:
-        missing = [name for name in _MD5 if not (self.folder / name).exists()]
+        try:
+            missing = [name for name in _MD5 if not (self.folder / name).exists()]
+        except OSError as error:
+            raise ValueError(f"cannot read {self.folder.absolute()}: {error.strerror}; check its permissions") from None
         if missing:
             raise FileNotFoundError(
                 f"no {', '.join(missing)} in {self.folder.absolute()}; set --data.root to the folder that holds "

@@ -163,7 +163,8 @@ class DistillationModule(L.LightningModule):
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """Optimise what is trainable in student and losses, never the teacher."""
-        self.losses.float()  # losses see float32 also when the networks run in half precision
+        for tensor in (*self.losses.parameters(), *self.losses.buffers()):
+            tensor.data = widened(tensor.data)  # losses compute in float32 also when the networks run in half precision
         trainable = [p for part in (self.student, self.losses) for p in part.parameters() if p.requires_grad]
         if not trainable:
             raise ValueError("the student has no trainable parameter; all have requires_grad=False")

@@ -1,0 +1,295 @@
+"""The command line end to end, with networks, data and a loss of a user's own."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+
+OWN = '''
+"""A user's own file: nothing of it is known to kdlit."""
+import torch
+from torch import nn
+from kdlit.losses import DistillationLoss
+from tests.conftest import TinyData, TinyNet
+
+
+class OwnNet(TinyNet):
+    pass
+
+
+def own_builder(num_classes: int = 5) -> OwnNet:
+    return OwnNet(num_classes)
+
+
+class OwnData(TinyData):
+    def __init__(self, val_size: float = 32, batch_size: int = 16):
+        super().__init__(val_size=val_size, batch_size=batch_size)
+
+
+class OwnLoss(DistillationLoss):
+    def __init__(self, strength: float = 1.0):
+        super().__init__()
+        self.strength = strength
+
+    def forward(self, student, teacher, batch):
+        return self.strength * (student.logits - teacher.logits).square().mean()
+'''
+
+CONFIG = """
+trainer: {max_epochs: 2, accelerator: cpu, log_every_n_steps: 2}
+data: {class_path: own.OwnData}
+model:
+  class_path: kdlit.modules.ClassificationDistillation
+  init_args:
+    student: {class_path: own.own_builder}
+    teacher: {class_path: own.OwnNet, init_args: {width: 16}}
+    input_size: [3, 8, 8]
+    losses:
+      ce: {loss: {class_path: CrossEntropyLoss}}
+      kd: losses/kd.yaml
+    lr_scheduler:
+      class_path: torch.optim.lr_scheduler.MultiStepLR
+      init_args: {milestones: [1, 3], gamma: 0.1}
+"""
+
+
+@pytest.fixture
+def project(tmp_path, monkeypatch):
+    """A folder with a user's file and configs, as the working directory."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "own.py").write_text(OWN)
+    (tmp_path / "tiny.yaml").write_text(CONFIG)
+    (tmp_path / "losses").mkdir()
+    (tmp_path / "losses" / "kd.yaml").write_text(
+        "loss: {class_path: KDLoss, init_args: {temperature: 2.0}}\nweight: 0.9\nwarmup_epochs: 2\n"
+    )
+    monkeypatch.setattr(sys, "path", [*sys.path, str(tmp_path), os.path.dirname(os.path.dirname(__file__))])
+    yield tmp_path
+    sys.modules.pop("own", None)
+
+
+def rows(path):
+    with path.open() as file:
+        return list(csv.DictReader(file))
+
+
+def test_fit_resume_validate_test_predict(project, kdlit_cli):
+    out = kdlit_cli("fit", "--config", "tiny.yaml", "--model.losses.own.loss.class_path=own.OwnLoss")
+    run = project / "runs" / "tiny" / "version_0"
+    files = {str(path.relative_to(run)) for path in run.rglob("*") if path.is_file()}
+    assert files == {"config.yaml", "metrics.csv", "student.pt", "checkpoints/best.ckpt", "checkpoints/last.ckpt"}
+    assert "teacher" in out
+    assert "student, distilled" in out
+    assert "Checkpoint: runs/tiny/version_0/checkpoints/last.ckpt" in out
+    log = rows(run / "metrics.csv")
+    assert {"train/loss", "train/loss/ce", "train/loss/kd", "train/loss/own", "val/top1", "val/agreement"} <= set(
+        log[0]
+    )
+
+    kdlit_cli("fit", "--config", "tiny.yaml", "--model.losses.own.loss.class_path=own.OwnLoss",
+              "--ckpt_path=last", "--trainer.max_epochs=4")  # fmt: skip
+    assert not (project / "runs" / "tiny" / "version_1").exists()
+    checkpoint = torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)
+    assert checkpoint["global_step"] == 16
+    assert checkpoint["optimizer_states"][0]["param_groups"][0]["lr"] == pytest.approx(0.05 * 0.1**2)
+    assert "max_epochs: 4" in (run / "config.yaml").read_text()
+    assert "max_epochs: 2" in (run / "config.0.yaml").read_text()
+    resumed = rows(run / "metrics.csv")
+    assert [row["val/top1"] for row in resumed if row["val/top1"]][:2] == [
+        row["val/top1"] for row in log if row["val/top1"]
+    ]
+    epochs = [row["epoch"] for row in resumed if row["val/top1"]]
+    assert epochs == ["0", "1", "2", "3"]
+    assert [row["epoch"] for row in resumed if row["train/top1"]] == ["0", "1", "2", "3"]
+
+    saved = str(run / "config.yaml")
+    for command in ("validate", "test"):
+        kdlit_cli(command, "--config", saved, "--ckpt_path=last")
+    figures = json.loads((run / "test.json").read_text())
+    assert figures["checkpoint"].endswith("last.ckpt")
+    assert 0 <= figures["test/top1"] <= 1
+    last = [row for row in resumed if row["val/top1"]][-1]
+    assert json.loads((run / "validate.json").read_text())["val/top1"] == pytest.approx(float(last["val/top1"]))
+    kdlit_cli("predict", "--config", saved, "--ckpt_path", str(run / "checkpoints" / "best.ckpt"))
+    predictions = rows(run / "predictions.csv")
+    assert len(predictions) == 40
+    assert set(predictions[0]) == {"index", "label", "class", "confidence", "target"}
+    assert not (project / "runs" / "config").exists()
+
+
+def test_the_saved_config_repeats_the_run_bit_for_bit(project, kdlit_cli):
+    kdlit_cli("fit", "--config", "tiny.yaml", "--seed_everything=3")
+    kdlit_cli("fit", "--config", "runs/tiny/version_0/config.yaml")
+    a, b = (torch.load(project / f"runs/tiny/version_{n}/student.pt", weights_only=True)["model"] for n in (0, 1))
+    assert all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_a_checkpoint_of_a_command_line_run_rebuilds_everything(project, kdlit_cli):
+    from kdlit.modules import ClassificationDistillation
+
+    kdlit_cli("fit", "--config", "tiny.yaml")
+    module = ClassificationDistillation.load_from_checkpoint(
+        "runs/tiny/version_0/checkpoints/last.ckpt", weights_only=True
+    )
+    assert list(module.losses) == ["ce", "kd"]
+    assert module.losses["kd"].weight == 0.9
+    assert type(module.student).__name__ == "OwnNet"
+    exported = torch.load("runs/tiny/version_0/student.pt", weights_only=True)["model"]
+    assert torch.equal(module.student.fc.weight, exported["fc.weight"])
+
+
+def test_printed_config_can_be_fed_back(project, kdlit_cli):
+    printed = kdlit_cli("fit", "--config", "tiny.yaml", "--model.losses.kd.loss.temperature=3", "--print_config")
+    (project / "again.yaml").write_text(printed.split("exit")[0])
+    assert "temperature: 3.0" in printed
+    assert "temperature: 3.0" in kdlit_cli("fit", "--config", "again.yaml", "--print_config")
+
+
+def test_an_explicit_run_dir_starts_resumes_and_is_never_overwritten(project, kdlit_cli):
+    again = ("fit", "--config", "tiny.yaml", "--run_dir=here", "--ckpt_path=last")
+    assert "starting afresh" in kdlit_cli(*again)
+    assert "here/checkpoints/last.ckpt" in kdlit_cli(*again, "--trainer.max_epochs=3")
+    out = kdlit_cli("fit", "--config", "tiny.yaml", "--run_dir=here")
+    assert "here already holds a run; go on with it by --ckpt_path=last" in out
+
+
+def test_the_last_checkpoint_is_of_the_last_epoch_also_when_another_was_best(project, kdlit_cli):
+    kdlit_cli("fit", "--config", "tiny.yaml", "--trainer.max_epochs=4", "--model.optimizer=torch.optim.SGD",
+              "--model.optimizer.lr=1e-9")  # fmt: skip
+    checkpoints = project / "runs/tiny/version_0/checkpoints"
+    assert torch.load(checkpoints / "last.ckpt", weights_only=True)["global_step"] == 16
+    assert torch.load(checkpoints / "best.ckpt", weights_only=True)["global_step"] < 16
+
+
+def test_without_validation_only_the_last_is_kept(project, kdlit_cli):
+    out = kdlit_cli("fit", "--config", "tiny.yaml", "--data.val_size=0")
+    assert [path.name for path in (project / "runs/tiny/version_0/checkpoints").iterdir()] == ["last.ckpt"]
+    assert "student, distilled" not in out
+    assert "Student alone: runs/tiny/version_0/student.pt" in out
+
+
+def test_rare_validation_still_saves_the_last_every_epoch(project, kdlit_cli):
+    kdlit_cli("fit", "--config", "tiny.yaml", "--trainer.max_epochs=3", "--trainer.check_val_every_n_epoch=2")
+    checkpoints = project / "runs/tiny/version_0/checkpoints"
+    assert torch.load(checkpoints / "last.ckpt", weights_only=True)["epoch"] == 2
+    assert torch.load(checkpoints / "best.ckpt", weights_only=True)["epoch"] == 1
+
+
+def test_other_loggers_come_beside_the_log_of_the_run(project, kdlit_cli):
+    wandb = ("--trainer.logger=WandbLogger", "--trainer.logger.offline=true", "--trainer.logger.save_dir=runs")
+    kdlit_cli("fit", "--config", "tiny.yaml", *wandb)
+    assert (project / "runs/tiny/version_0/metrics.csv").exists()
+    assert list((project / "runs" / "wandb").glob("offline-run-*"))
+
+
+def test_loggers_can_be_switched_off(project, kdlit_cli):
+    kdlit_cli("fit", "--config", "tiny.yaml", "--trainer.logger=false")
+    assert not (project / "runs/tiny/version_0/metrics.csv").exists()
+    assert (project / "runs/tiny/version_0/student.pt").exists()
+
+
+MISTAKES = {
+    "misspelled key in the main config": (
+        ("student:", "studnt:"), (), ["unknown key 'studnt'", "tiny.yaml, line 7", "'student'"]),
+    "misspelled key of a class": (
+        ("{width: 16}", "{widht: 16}"), (), ["unknown key 'widht' of own.OwnNet in", "tiny.yaml, line 8", "'width'"]),
+    "misspelled trainer key": (
+        ("max_epochs", "max_epoch"), (), ["unknown key 'trainer.max_epoch'", "tiny.yaml, line 2", "'trainer.max_epochs'"]),
+    "misspelled section": (("data:", "dta:"), (), ["unknown key 'dta.class_path'", "line 3"]),
+    "unknown loss": (
+        ("CrossEntropyLoss", "CrossEntropyLos"), (),
+        ["unknown class 'CrossEntropyLos'", "tiny.yaml, line 11", "'CrossEntropyLoss'"]),
+    "unknown loss on the command line": (
+        None, ("--model.losses.kd.loss=DKDD",), ["unknown class 'DKDD' on the command line", "'DKDLoss'"]),
+    "misspelled value on the command line": (
+        None, ("--model.losses.kd.loss.temprature=3",), ["unknown key 'temprature' of kdlit.losses.KDLoss", "'temperature'"]),
+    "option that does not exist": (None, ("--modle.x=1",), ["unknown key 'modle.x' on the command line"]),
+    "name missing in a module": (
+        ("own.own_builder", "torchvision.models.resnet19"), (),
+        ["torchvision.models has no 'resnet19'", "line 7", "'resnet18'"]),
+    "file that a config names": (("losses/kd.yaml", "losses/kdd.yaml"), (), ["there is no file 'losses/kdd.yaml'", "line 12"]),
+    "wrong type": (None, ("--model.losses.kd.weight=abc",), ["losses.weight", "abc"]),
+    "temperature": (None, ("--model.losses.kd.loss.temperature=-1",), ["temperature must be > 0, got -1.0"]),
+    "class counts": (
+        None, ("--model.student.num_classes=6",), ["student gives 6 logits and the teacher 5; set num_classes"]),
+    "classes of the data": (
+        ("{width: 16}", "{width: 16, num_classes: 6}"), ("--model.student.num_classes=6",), ["the data has 5 classes"]),
+    "no teacher": (None, ("--model.teacher=null",), ["losses.kd (KDLoss) needs a teacher"]),
+    "missing checkpoint": (None, ("--ckpt_path=no/such.ckpt",), ["--ckpt_path: there is no file", "no/such.ckpt"]),
+    "missing teacher file": (
+        ("{class_path: own.OwnNet, init_args: {width: 16}}",
+         "{class_path: kdlit.models.from_checkpoint, init_args: {model: {class_path: own.OwnNet}, path: no.pt}}"),
+        (), ["no.pt", "no such file"]),
+    "missing config": (None, ("--config=nothing.yaml",), ["nothing.yaml"]),
+    "unreadable yaml": (("trainer:", "trainer: ["), (), ["Problems parsing config"]),
+    "batch": (None, ("--data.batch_size=1000",), ["batch_size is 1000, but only 64 training pictures"]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_mistakes_get_one_clear_message_and_leave_nothing_behind(project, kdlit_cli, mistake):
+    change, arguments, expected = MISTAKES[mistake]
+    if change:
+        text = (project / "tiny.yaml").read_text()
+        assert change[0] in text
+        (project / "tiny.yaml").write_text(text.replace(*change))
+    before = {path for path in project.rglob("*") if "__pycache__" not in path.parts}
+    out = kdlit_cli("fit", "--config", "tiny.yaml", *arguments)
+    assert "kdlit: error:" in out
+    assert "Traceback" not in out
+    for part in expected:
+        assert part in out, out
+    assert len(out[out.index("kdlit: error:") :].splitlines()) <= 6, out
+    assert {path for path in project.rglob("*") if "__pycache__" not in path.parts} == before
+
+
+def test_evaluating_a_run_that_never_was_is_an_error(project, kdlit_cli):
+    out = kdlit_cli("test", "--config", "tiny.yaml", "--ckpt_path=last")
+    assert "no run in" in out
+    assert "has a checkpoint yet" in out
+
+
+def test_a_bug_in_a_users_own_code_keeps_its_traceback(project, kdlit_cli):
+    (project / "own.py").write_text(OWN.replace("return self.strength *", "return undefined_name *"))
+    with pytest.raises(NameError, match="undefined_name"):
+        kdlit_cli("fit", "--config", "tiny.yaml", "--model.losses.own.loss.class_path=own.OwnLoss")
+
+
+def test_help_and_version_answer_without_loading_torch():
+    for option, expected in (("--help", "usage: kdlit {fit,validate,test,predict}"), ("--version", "kdlit 0.")):
+        start = time.monotonic()
+        done = subprocess.run(
+            [sys.executable, "-X", "importtime", "-m", "kdlit", option], capture_output=True, text=True, check=True
+        )
+        assert expected in done.stdout
+        assert " torch" not in done.stderr
+        assert time.monotonic() - start < 3
+
+
+def test_two_processes_train_one_student(project):
+    script = project / "two.py"
+    script.write_text(
+        "import sys\nfrom kdlit.cli import main\n"
+        "sys.argv[1:] = 'fit --config tiny.yaml --trainer.strategy=ddp --trainer.devices=2 --torch_threads=1'.split()\n"
+        "if __name__ == '__main__':\n    main()\n"
+    )
+    path = os.pathsep.join([str(project), os.path.dirname(os.path.dirname(__file__))])
+    done = subprocess.run(
+        [sys.executable, str(script)],
+        capture_output=True, text=True, cwd=project, timeout=300,
+        env=os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    run = project / "runs" / "tiny"
+    assert [path.name for path in run.iterdir()] == ["version_0"]
+    checkpoint = torch.load(run / "version_0" / "checkpoints" / "last.ckpt", weights_only=True)
+    assert checkpoint["global_step"] == 4  # 2 epochs of 64 pictures, 16 on each of 2 processes a step
+    assert not [name for name in checkpoint["state_dict"] if name.startswith("teacher.")]
+    assert done.stdout.count("Student alone:") == 1
