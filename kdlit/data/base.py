@@ -9,6 +9,7 @@ from typing import Any
 
 import lightning as L
 import torch
+from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
@@ -121,7 +122,7 @@ class PictureDataModule(L.LightningDataModule):
 
     @abstractmethod
     def load(self) -> dict[str, Pictures]:
-        """Set ``class_names`` and return the ``train`` and ``test`` pictures, and ``val`` where it is a part of its own."""
+        """Set ``class_names`` and return the ``train`` and ``test`` pictures, and ``val`` where it comes apart."""
         raise NotImplementedError
 
     def setup(self, stage: str) -> None:
@@ -176,7 +177,7 @@ class PictureDataModule(L.LightningDataModule):
         """
         if len(self._pictures["val"]):
             return self._loader("val")
-        if self.trainer is not None and self.trainer.validating:
+        if self.trainer is not None and self.trainer.state.fn == TrainerFn.VALIDATING:
             raise ValueError("there is nothing to validate on: val_size is 0; set --data.val_size or use `kdlit test`")
         return []
 

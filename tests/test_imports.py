@@ -1,0 +1,46 @@
+"""Who may import whom: the architecture, kept true."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+PACKAGE = Path(__file__).parents[1] / "kdlit"
+ALLOWED = {
+    "types": {"torch"},
+    "files": {"torch", "lightning"},
+    "loggers": {"lightning", "kdlit.files"},
+    "losses": {"torch", "kdlit.types", "kdlit.models.features"},
+    "models": {"torch", "torchvision", "safetensors"},
+    "data": {"torch", "torchvision", "lightning", "numpy", "sklearn", "kdlit.types"},
+    "modules": {"torch", "torchmetrics", "lightning", "kdlit.types", "kdlit.losses", "kdlit.models.features"},
+    "callbacks": {"torch", "torchmetrics", "lightning", "rich", "kdlit.files", "kdlit.modules"},
+}
+STANDARD = __import__("sys").stdlib_module_names | {"typing_extensions"}
+
+
+def imported(path):
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            yield node.module
+
+
+def test_every_room_imports_only_what_the_architecture_allows():
+    for room, allowed in ALLOWED.items():
+        files = sorted((PACKAGE / room).glob("*.py")) or [PACKAGE / f"{room}.py"]
+        for path in files:
+            for name in imported(path):
+                within = (f"kdlit.{room}", *allowed)
+                assert name.split(".")[0] in STANDARD or name.startswith(within), f"{path} imports {name}"
+
+
+def test_every_room_is_in_the_table():
+    rooms = {path.stem for path in PACKAGE.iterdir() if path.suffix in ("", ".py") and not path.name.startswith("_")}
+    assert rooms - {"py"} == ALLOWED.keys() | {"cli", "config_errors"}
+
+
+def test_dashboards_are_named_in_configs_only():
+    for path in PACKAGE.rglob("*.py"):
+        assert "wandb" not in set(imported(path)), path

@@ -1,0 +1,57 @@
+"""What the README shows runs as printed."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+
+
+def blocks(language):
+    return re.findall(rf"^```{language}\n(.*?)^```", README, flags=re.MULTILINE | re.DOTALL)
+
+
+def commands():
+    for block in blocks("sh"):
+        yield from (command for line in block.splitlines() for command in line.split(" && ") if command.startswith("kdlit"))
+
+
+@pytest.mark.parametrize("code", blocks("python"), ids=["distil", "own loss"])
+def test_python_runs_as_printed(code, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, object] = {}
+    exec(code, names)
+    if "trainer" in names:
+        assert names["trainer"].current_epoch == 5
+        assert names["trainer"].callback_metrics["val/teacher_top1"] > 0.9
+    else:
+        assert names["ConfidenceGap"]().needs_teacher
+
+
+@pytest.mark.parametrize("command", list(commands()))
+def test_commands_are_understood(command, kdlit_cli, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    arguments = [part for part in command.split()[1:] if part != "--ckpt_path=last"]
+    out = kdlit_cli(*arguments, "--print_config")
+    assert "class_path: kdlit.modules.ClassificationDistillation" in out
+    assert "error" not in out
+
+
+def test_there_are_exactly_two_set_up_commands():
+    section = README.split("## Set up")[1].split("\n## ")[0]
+    (block,) = re.findall(r"^```sh\n(.*?)^```", section, flags=re.MULTILINE | re.DOTALL)
+    assert block.splitlines() == [
+        "pip install -e . && kdlit fit --config configs/quickstart.yaml",
+        'pip install -e ".[dev]" && pytest',
+    ]
+
+
+def test_every_file_the_readme_names_is_there():
+    for name in re.findall(r"`((?:configs|notebooks|kdlit|\.ci)/[\w./]+)`", README):
+        assert (ROOT / name).exists(), name
+    for name in re.findall(r"`methods/([\w]+)\.yaml`", README):
+        assert (ROOT / "configs" / "cifar100" / "methods" / f"{name}.yaml").exists()
