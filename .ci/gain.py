@@ -28,7 +28,11 @@ def measure(seed: int) -> dict[str, float]:
 def main() -> None:
     seeds = [int(seed) for seed in sys.argv[1:]] or [11, 12, 13, 14, 15]
     results = [measure(seed) for seed in seeds]
-    rows = {"teacher": "test/teacher_top1", "student trained alone": "test/plain_top1", "student, distilled": "test/top1"}
+    rows = {
+        "teacher": "test/teacher_top1",
+        "student trained alone": "test/plain_top1",
+        "student, distilled": "test/top1",
+    }
     columns = {name: [100 * result[key] for result in results] for name, key in rows.items()}
     columns["gain"] = [
         distilled - alone

@@ -43,7 +43,7 @@ class _Parser(LightningArgumentParser):
 
 
 class _ConfigInRunFolder(SaveConfigCallback):
-    """Writes the resolved config into the run folder once nothing is left to refuse; a resume keeps the earlier ones."""
+    """Writes the resolved config into the run folder once nothing is left to refuse; a resume keeps earlier ones."""
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Nothing yet: the data and the networks may still turn out not to fit."""
@@ -99,7 +99,7 @@ class KdlitCLI(LightningCLI):
             "--torch_threads",
             type=int | None,
             default=None,
-            help="Threads of each process that compute on the CPU; 1 is fastest for networks as small as the quickstart's.",
+            help="CPU threads of each process; 1 is fastest for networks as small as those of the quickstart.",
         )
         parser.add_lightning_class_args(ModelCheckpoint, "checkpoint")
         best = {"filename": "best", "monitor": "val/top1", "mode": "max", "auto_insert_metric_name": False}

@@ -17,12 +17,14 @@ class Batch(TypedDict):
         target: labels, int64, shape ``(B,)``; absent when predicting on unlabelled pictures.
         index: positions of the samples in the data set, int64, shape ``(B,)``; only for losses with a memory.
         image_strong: a second, strongly augmented view of ``image``; only for methods with two views.
+        sample_weight: how much each sample counts in losses that are a mean over samples, float >= 0, shape ``(B,)``.
     """
 
     image: Tensor
     target: NotRequired[Tensor]
     index: NotRequired[Tensor]
     image_strong: NotRequired[Tensor]
+    sample_weight: NotRequired[Tensor]
 
 
 @dataclass
@@ -32,11 +34,18 @@ class ModelOutput:
     Attributes:
         logits: class scores before softmax, float, shape ``(B, K)``.
         features: the outputs of the layers that the losses asked for, by dotted path.
+        logits_strong: class scores of the strongly augmented view, shape ``(B, K)``; None unless a loss needs that
+            view.
     """
 
     logits: Tensor
     features: dict[str, Tensor] = field(default_factory=dict)
+    logits_strong: Tensor | None = None
 
     def detach(self) -> ModelOutput:
         """The same values without their graph."""
-        return ModelOutput(self.logits.detach(), {path: value.detach() for path, value in self.features.items()})
+        return ModelOutput(
+            self.logits.detach(),
+            {path: value.detach() for path, value in self.features.items()},
+            None if self.logits_strong is None else self.logits_strong.detach(),
+        )

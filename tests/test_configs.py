@@ -33,7 +33,10 @@ def init_args(config, *path):
 def test_every_pair_goes_with_every_method(kdlit_cli, pair, method):
     config = resolved(kdlit_cli, "--config", pair, "--config", method)
     teacher, student = (init_args(config, "model")[role] for role in ("teacher", "student"))
-    assert f"{teacher['init_args']['model']['class_path']}_{student['class_path']}".replace("kdlit.models.", "") == pair.stem
+    assert (
+        f"{teacher['init_args']['model']['class_path']}_{student['class_path']}".replace("kdlit.models.", "")
+        == pair.stem
+    )
     assert init_args(config, "model", "optimizer") | {"lr": 0.05, "momentum": 0.9, "weight_decay": 5e-4} == init_args(
         config, "model", "optimizer"
     )
@@ -74,7 +77,8 @@ def test_the_values_are_those_of_the_reference_tables(shared, kdlit_cli):
         values = {
             row["param"]: float(row["value"])
             for row in rows
-            if (row["teacher"], row["student"], row["method"]) == (teacher, student, "dkd") and row["param"] != "noise_ratio"
+            if (row["teacher"], row["student"], row["method"]) == (teacher, student, "dkd")
+            and row["param"] != "noise_ratio"
         }
         assert values, pair
         beta = BETA[_networks(pair)[0]]
@@ -92,7 +96,9 @@ def _networks(pair):
 
 @pytest.mark.parametrize("name", [name for pair in PAIRS for name in _networks(pair)])
 def test_every_network_of_a_pair_can_be_trained_plainly(kdlit_cli, name):
-    config = resolved(kdlit_cli, "--config", CONFIGS / "cifar100" / "plain.yaml", f"--model.student=kdlit.models.{name}")
+    config = resolved(
+        kdlit_cli, "--config", CONFIGS / "cifar100" / "plain.yaml", f"--model.student=kdlit.models.{name}"
+    )
     assert init_args(config, "model")["student"]["class_path"] == f"kdlit.models.{name}"
     assert init_args(config, "model")["teacher"] is None
     assert list(init_args(config, "model")["losses"]) == ["ce"]

@@ -17,7 +17,9 @@ def blocks(language):
 
 def commands():
     for block in blocks("sh"):
-        yield from (command for line in block.splitlines() for command in line.split(" && ") if command.startswith("kdlit"))
+        yield from (
+            command for line in block.splitlines() for command in line.split(" && ") if command.startswith("kdlit")
+        )
 
 
 @pytest.mark.parametrize("code", blocks("python"), ids=["distil", "own loss"])

@@ -21,11 +21,17 @@ class DistillationLoss(nn.Module):
         student_layers: dotted paths of student layers whose outputs the loss reads from ``student.features``.
         teacher_layers: the same for the teacher.
         needs_teacher: whether the loss reads the teacher at all; a module without a teacher refuses those that do.
+        needs_strong_view: whether the loss reads ``logits_strong``, what both networks gave for
+            ``batch["image_strong"]``.
+        reads_sample_weight: whether the loss multiplies each sample's term by ``batch["sample_weight"]`` where there is
+            one.
     """
 
     student_layers: Sequence[str] = ()
     teacher_layers: Sequence[str] = ()
     needs_teacher: bool = True
+    needs_strong_view: bool = False
+    reads_sample_weight: bool = False
 
     def setup(self, student: nn.Module, teacher: nn.Module | None, example: Tensor) -> None:
         """Build what depends on the networks; called once, when the module is built and before the optimizer is.
@@ -59,29 +65,72 @@ class DistillationLoss(nn.Module):
         """Update memories after the optimizer's step; the arguments are those of :meth:`forward`, detached."""
 
 
-class WeightedLoss(DistillationLoss):
+class LossWrapper(DistillationLoss):
+    """A variation on any loss: passes every hook on and declares what the wrapped loss declares.
+
+    Override :meth:`inputs` to change what the wrapped loss sees, or :meth:`forward` to change what it gives.
+
+    Args:
+        loss: the wrapped loss, itself a wrapper or not.
+    """
+
+    def __init__(self, loss: DistillationLoss) -> None:
+        super().__init__()
+        self.loss = loss
+        self.student_layers = loss.student_layers
+        self.teacher_layers = loss.teacher_layers
+        self.needs_teacher = loss.needs_teacher
+        self.needs_strong_view = loss.needs_strong_view
+        self.reads_sample_weight = loss.reads_sample_weight
+
+    @property
+    def innermost(self) -> DistillationLoss:
+        """The method inside all wrappers."""
+        return self.loss.innermost if isinstance(self.loss, LossWrapper) else self.loss
+
+    def inputs(
+        self, student: ModelOutput, teacher: ModelOutput, batch: Batch
+    ) -> tuple[ModelOutput, ModelOutput, Batch]:
+        """What the wrapped loss gets in :meth:`forward` and :meth:`on_train_batch_end`: here, the same."""
+        return student, teacher, batch
+
+    def setup(self, student: nn.Module, teacher: nn.Module | None, example: Tensor) -> None:
+        """Set up the wrapped loss."""
+        self.loss.setup(student, teacher, example)
+
+    def on_train_epoch_start(self, epoch: int, max_epochs: int) -> None:
+        """Tell the wrapped loss."""
+        self.loss.on_train_epoch_start(epoch, max_epochs)
+
+    def forward(self, student: ModelOutput, teacher: ModelOutput, batch: Batch) -> Tensor:
+        """Return what the wrapped loss gives for :meth:`inputs`."""
+        loss: Tensor = self.loss(*self.inputs(student, teacher, batch))
+        return loss
+
+    def on_train_batch_end(self, student: ModelOutput, teacher: ModelOutput, batch: Batch) -> None:
+        """Tell the wrapped loss."""
+        self.loss.on_train_batch_end(*self.inputs(student, teacher, batch))
+
+
+class WeightedLoss(LossWrapper):
     """A loss and how much it counts: ``weight * min((epoch + 1) / warmup_epochs, 1) * loss``, epochs from 0.
 
     Args:
         loss: the term.
         weight: factor of the term in the objective, >= 0; 0 switches the term off but keeps logging it.
-        warmup_epochs: epochs over which the factor rises linearly to ``weight``; 0 for none, 20 in DKD
-            (Zhao et al. 2022, appendix A.2).
+        warmup_epochs: epochs over which the factor rises linearly to ``weight``; 0 for none, 20 in DKD (Zhao et al.
+            2022, appendix A.2).
 
     Raises:
         ValueError: If the weight is negative or ``warmup_epochs`` is not a whole number of at least 0.
     """
 
     def __init__(self, loss: DistillationLoss, weight: float = 1.0, warmup_epochs: int = 0) -> None:
-        super().__init__()
+        super().__init__(loss)
         if warmup_epochs != int(check_not_negative("warmup_epochs", warmup_epochs)):
             raise ValueError(f"warmup_epochs must be a whole number, got {warmup_epochs!r}")
-        self.loss = loss
         self.weight = check_not_negative("weight", weight)
         self.warmup_epochs = warmup_epochs
-        self.student_layers = loss.student_layers
-        self.teacher_layers = loss.teacher_layers
-        self.needs_teacher = loss.needs_teacher
         self.warmup = self._warmup(epoch=0)
 
     def _warmup(self, epoch: int) -> float:
@@ -92,20 +141,11 @@ class WeightedLoss(DistillationLoss):
         """What the raw loss is multiplied by in this epoch."""
         return self.weight * self.warmup
 
-    def setup(self, student: nn.Module, teacher: nn.Module | None, example: Tensor) -> None:
-        """Set up the wrapped loss."""
-        self.loss.setup(student, teacher, example)
-
     def on_train_epoch_start(self, epoch: int, max_epochs: int) -> None:
         """Move the warm-up on, then the wrapped loss."""
         self.warmup = self._warmup(epoch)
-        self.loss.on_train_epoch_start(epoch, max_epochs)
+        super().on_train_epoch_start(epoch, max_epochs)
 
     def forward(self, student: ModelOutput, teacher: ModelOutput, batch: Batch) -> Tensor:
         """Return the weighted loss of one batch."""
-        loss: Tensor = self.loss(student, teacher, batch)
-        return self.factor * loss
-
-    def on_train_batch_end(self, student: ModelOutput, teacher: ModelOutput, batch: Batch) -> None:
-        """Tell the wrapped loss."""
-        self.loss.on_train_batch_end(student, teacher, batch)
+        return self.factor * super().forward(student, teacher, batch)

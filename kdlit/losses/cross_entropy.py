@@ -48,6 +48,7 @@ class CrossEntropyLoss(DistillationLoss):
 
     Args:
         label_smoothing: share of the label's probability that is spread evenly over all classes, in [0, 1].
+        strong_view: whether to look at the strongly augmented view instead of the ordinary one.
 
     Raises:
         ValueError: If the smoothing is not in [0, 1].
@@ -55,10 +56,14 @@ class CrossEntropyLoss(DistillationLoss):
 
     needs_teacher = False
 
-    def __init__(self, label_smoothing: float = 0.0) -> None:
+    def __init__(self, label_smoothing: float = 0.0, strong_view: bool = False) -> None:
         super().__init__()
         self.label_smoothing = _check_label_smoothing(label_smoothing)
+        self.needs_strong_view = strong_view
 
     def forward(self, student: ModelOutput, teacher: ModelOutput, batch: Batch) -> Tensor:
         """Scalar loss of one batch."""
-        return cross_entropy_loss(student.logits, batch["target"], label_smoothing=self.label_smoothing)
+        logits = student.logits_strong if self.needs_strong_view else student.logits
+        if logits is None:
+            raise ValueError("strong_view needs logits_strong, but the student was given no image_strong")
+        return cross_entropy_loss(logits, batch["target"], label_smoothing=self.label_smoothing)

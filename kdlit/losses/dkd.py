@@ -10,11 +10,12 @@ a sum of probabilities, which is -inf in float32 once the label leads by about 1
 
 from __future__ import annotations
 
-import torch.nn.functional as F
 from torch import Tensor
 
 from kdlit.losses.base import DistillationLoss
 from kdlit.losses.functional import (
+    batch_mean,
+    binary_kl_divergence,
     check_logits,
     check_not_negative,
     check_positive,
@@ -22,6 +23,7 @@ from kdlit.losses.functional import (
     full_precision,
     kl_divergence,
     masked_log_softmax,
+    target_gap,
     target_mask,
 )
 from kdlit.types import Batch, ModelOutput
@@ -34,8 +36,9 @@ def dkd_loss(
     target: Tensor,
     *,
     alpha: float,
-    beta: float,
+    beta: float | Tensor,
     temperature: float | Tensor,
+    sample_weight: Tensor | None = None,
 ) -> Tensor:
     r"""Weighted sum of target-class and non-target-class distillation (equation 7).
 
@@ -48,8 +51,9 @@ def dkd_loss(
         teacher_logits: shape ``(B, C)``.
         target: labels, integers of shape ``(B,)``.
         alpha: weight of TCKD, >= 0; 0 leaves NCKD alone.
-        beta: weight of NCKD, >= 0; 0 leaves TCKD alone.
+        beta: weight of NCKD, >= 0, a number or a tensor of one element; 0 leaves TCKD alone.
         temperature: :math:`T > 0`; a tensor of one element, or of shape ``(B, 1)``, receives a gradient.
+        sample_weight: factor of each sample's term, >= 0, shape ``(B,)``; None for 1.
 
     Returns:
         Scalar, at least 0; 0 where both networks give the same probabilities.
@@ -72,21 +76,9 @@ def dkd_loss(
     is_target = target_mask(target, student_logits)
     student, teacher = student_logits / temperature, teacher_logits.detach() / temperature
 
-    student_gap, teacher_gap = _target_gap(student, is_target), _target_gap(teacher, is_target)
-    tckd = _binary_divergence(teacher_gap, student_gap) + _binary_divergence(-teacher_gap, -student_gap)
+    tckd = binary_kl_divergence(target_gap(teacher, is_target), target_gap(student, is_target))
     nckd = kl_divergence(masked_log_softmax(teacher, is_target), masked_log_softmax(student, is_target))
-    return (temperature**2 * (alpha * tckd + beta * nckd).unsqueeze(1)).mean()
-
-
-def _binary_divergence(p_logit: Tensor, q_logit: Tensor) -> Tensor:
-    """One of the two terms of the divergence between binary distributions given by their logits."""
-    return p_logit.sigmoid() * (F.logsigmoid(p_logit) - F.logsigmoid(q_logit))
-
-
-def _target_gap(logits: Tensor, is_target: Tensor) -> Tensor:
-    """Logit of the target against the log-sum-exp of all other classes: shape ``(B,)``."""
-    others = logits.masked_fill(is_target, -float("inf")).logsumexp(dim=-1)
-    return logits.masked_fill(~is_target, 0.0).sum(dim=-1) - others
+    return batch_mean(alpha * tckd + beta * nckd, temperature=temperature, sample_weight=sample_weight)
 
 
 class DKDLoss(DistillationLoss):
@@ -94,13 +86,15 @@ class DKDLoss(DistillationLoss):
 
     Args:
         alpha: weight of the target-class part, >= 0.
-        beta: weight of the non-target part, >= 0; the paper sets it by the teacher: 2 for ResNet-56 and ResNet-110,
-            6 for WRN-40-2 and VGG-13, 8 for ResNet-32x4 and ResNet-50.
+        beta: weight of the non-target part, >= 0; the paper sets it by the teacher: 2 for ResNet-56 and ResNet-110, 6
+            for WRN-40-2 and VGG-13, 8 for ResNet-32x4 and ResNet-50.
         temperature: softens both distributions, > 0.
 
     Raises:
         ValueError: If a weight is negative or the temperature is not positive.
     """
+
+    reads_sample_weight = True
 
     def __init__(self, alpha: float = 1.0, beta: float = 8.0, temperature: float = 4.0) -> None:
         super().__init__()
@@ -117,4 +111,5 @@ class DKDLoss(DistillationLoss):
             alpha=self.alpha,
             beta=self.beta,
             temperature=self.temperature,
+            sample_weight=batch.get("sample_weight"),
         )

@@ -1,14 +1,17 @@
-"""What two or more methods share: argument checks, full precision and the Kullback-Leibler divergence."""
+"""What two or more methods share: argument checks, full precision, divergences and the mean over the batch."""
 
 from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import ParamSpec, TypeVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+
+from kdlit.types import ModelOutput
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -25,7 +28,8 @@ def full_precision(loss: Callable[P, Tensor]) -> Callable[P, Tensor]:
         tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
         device = tensors[0].device.type if tensors else "cpu"
         with torch.autocast(device, enabled=False):
-            return loss(*map(widened, args), **{name: widened(value) for name, value in kwargs.items()})  # type: ignore[arg-type]
+            kwargs = {name: widened(value) for name, value in kwargs.items()}  # type: ignore[assignment]
+            return loss(*map(widened, args), **kwargs)  # type: ignore[arg-type]
 
     return computed
 
@@ -49,6 +53,12 @@ def check_not_negative(name: str, value: T) -> T:
     if not isinstance(value, Tensor) and not (_is_number(value) and value >= 0):  # type: ignore[operator]
         raise ValueError(f"{name} must be >= 0, got {value!r}")
     return value
+
+
+def check_one_of(name: str, value: object, known: Collection[object]) -> None:
+    """Raise ValueError unless ``value`` is one of those known."""
+    if value not in known:
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, known))}, got {value!r}")
 
 
 def _is_number(value: object) -> bool:
@@ -92,6 +102,20 @@ def check_target(target: Tensor, logits: Tensor) -> None:
         )
 
 
+def check_strong_logits(student: ModelOutput, teacher: ModelOutput) -> tuple[Tensor, Tensor]:
+    """Return both networks' logits of the strong view, or raise ValueError if the module gave none."""
+    if student.logits_strong is None or teacher.logits_strong is None:
+        raise ValueError(
+            f"logits_strong must be given by student and teacher, got {_kind(student.logits_strong)} "
+            f"and {_kind(teacher.logits_strong)}: the batch needs a second view, image_strong"
+        )
+    return student.logits_strong, teacher.logits_strong
+
+
+def _kind(value: object) -> str:
+    return type(value).__name__
+
+
 def _values_are_cheap(tensor: Tensor) -> bool:
     return tensor.device.type == "cpu" and not torch.compiler.is_compiling()
 
@@ -110,3 +134,51 @@ def masked_log_softmax(logits: Tensor, mask: Tensor) -> Tensor:
     """``log_softmax`` over the classes where ``mask`` is false; 0 where it is true, also in a row that is all true."""
     kept = logits.masked_fill(mask & ~mask.all(dim=-1, keepdim=True), -torch.inf)
     return kept.log_softmax(dim=-1).masked_fill(mask, 0.0)
+
+
+def target_gap(logits: Tensor, is_target: Tensor) -> Tensor:
+    """Logit of the target against the log-sum-exp of all other classes: shape ``(B,)``."""
+    others = logits.masked_fill(is_target, -torch.inf).logsumexp(dim=-1)
+    return logits.masked_fill(~is_target, 0.0).sum(dim=-1) - others
+
+
+def binary_kl_divergence(gap_p: Tensor, gap_q: Tensor) -> Tensor:
+    r""":math:`KL\big((p, 1-p) \| (q, 1-q)\big)` for :math:`p = \sigma(gap_p), q = \sigma(gap_q)`, elementwise."""
+    return gap_p.sigmoid() * (F.logsigmoid(gap_p) - F.logsigmoid(gap_q)) + (-gap_p).sigmoid() * (
+        F.logsigmoid(-gap_p) - F.logsigmoid(-gap_q)
+    )
+
+
+def batch_mean(values: Tensor, *, temperature: float | Tensor = 1.0, sample_weight: Tensor | None = None) -> Tensor:
+    r"""Return :math:`\frac{1}{B} \sum_b w_b T^2 x_b`; the weights are not normalised.
+
+    Args:
+        values: :math:`x`, one a sample, shape ``(B,)``.
+        temperature: :math:`T`, a number or a tensor of one element or of shape ``(B, 1)``.
+        sample_weight: :math:`w \geq 0`, shape ``(B,)``; None for 1 everywhere.
+
+    Raises:
+        ValueError: If the weights do not have the shape of the values, or one is negative or not finite.
+    """
+    if sample_weight is not None:
+        values = check_sample_weight(sample_weight, values) * values
+    return (temperature**2 * values.unsqueeze(1)).mean()
+
+
+def check_sample_weight(sample_weight: Tensor, values: Tensor) -> Tensor:
+    """Return the weights without their graph, or raise ValueError unless they hold one number >= 0 a sample."""
+    if sample_weight.shape != values.shape:
+        raise ValueError(
+            f"sample_weight must hold one number for each of the {len(values)} samples, "
+            f"got shape {tuple(sample_weight.shape)}"
+        )
+    if _values_are_cheap(sample_weight) and not ((sample_weight >= 0) & sample_weight.isfinite()).all():
+        raise ValueError(f"sample_weight must be finite and >= 0, got {sample_weight.tolist()}")
+    return sample_weight.detach()
+
+
+def target_cross_entropy(student_logits: Tensor, teacher_logits: Tensor, is_target: Tensor) -> Tensor:
+    r"""Cross-entropy with the teacher's probability of the label, :math:`-p^t_y \log p^s_y`: shape ``(B,)``."""
+    p = teacher_logits.softmax(dim=-1)
+    log_q = student_logits.log_softmax(dim=-1)
+    return -(p * log_q).masked_fill(~is_target, 0.0).sum(dim=-1)

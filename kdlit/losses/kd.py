@@ -9,12 +9,18 @@ from __future__ import annotations
 from torch import Tensor
 
 from kdlit.losses.base import DistillationLoss
-from kdlit.losses.functional import check_logits, check_positive, full_precision, kl_divergence
+from kdlit.losses.functional import batch_mean, check_logits, check_positive, full_precision, kl_divergence
 from kdlit.types import Batch, ModelOutput
 
 
 @full_precision
-def kd_loss(student_logits: Tensor, teacher_logits: Tensor, *, temperature: float | Tensor) -> Tensor:
+def kd_loss(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    *,
+    temperature: float | Tensor,
+    sample_weight: Tensor | None = None,
+) -> Tensor:
     r"""Divergence of the softened student from the softened teacher.
 
     .. math:: L = \frac{T^2}{B} \sum_b KL\big(\mathrm{softmax}(v_b / T) \,\|\, \mathrm{softmax}(z_b / T)\big)
@@ -23,6 +29,7 @@ def kd_loss(student_logits: Tensor, teacher_logits: Tensor, *, temperature: floa
         student_logits: :math:`z`, shape ``(B, C)``; the only logits that receive a gradient.
         teacher_logits: :math:`v`, shape ``(B, C)``.
         temperature: :math:`T > 0`; a tensor of one element, or of shape ``(B, 1)``, receives a gradient.
+        sample_weight: factor of each sample's term, >= 0, shape ``(B,)``; None for 1.
 
     Returns:
         Scalar, at least 0; 0 where both networks give the same probabilities.
@@ -40,7 +47,7 @@ def kd_loss(student_logits: Tensor, teacher_logits: Tensor, *, temperature: floa
     check_positive("temperature", temperature)
     log_p = (teacher_logits.detach() / temperature).log_softmax(dim=-1)
     log_q = (student_logits / temperature).log_softmax(dim=-1)
-    return (temperature**2 * kl_divergence(log_p, log_q).unsqueeze(1)).mean()
+    return batch_mean(kl_divergence(log_p, log_q), temperature=temperature, sample_weight=sample_weight)
 
 
 class KDLoss(DistillationLoss):
@@ -53,10 +60,17 @@ class KDLoss(DistillationLoss):
         ValueError: If the temperature is not positive.
     """
 
+    reads_sample_weight = True
+
     def __init__(self, temperature: float = 4.0) -> None:
         super().__init__()
         self.temperature = check_positive("temperature", temperature)
 
     def forward(self, student: ModelOutput, teacher: ModelOutput, batch: Batch) -> Tensor:
         """Scalar loss of one batch."""
-        return kd_loss(student.logits, teacher.logits, temperature=self.temperature)
+        return kd_loss(
+            student.logits,
+            teacher.logits,
+            temperature=self.temperature,
+            sample_weight=batch.get("sample_weight"),
+        )

@@ -57,6 +57,10 @@ class FeatureTap:
         self._overwritten |= {path for path, (output, version) in caught.items() if output._version != version}
         return {path: output for path, (output, _) in caught.items()}
 
+    def forget(self) -> None:
+        """Drop what the last forward pass gave."""
+        self._caught = {}
+
     def remove(self) -> None:
         """Unhook from the network."""
         for handle in self._handles:

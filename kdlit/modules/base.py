@@ -115,17 +115,28 @@ class DistillationModule(L.LightningModule):
         return _logits(self.student(image), "student")
 
     def run_student(self, batch: Batch) -> ModelOutput:
-        """One forward pass of the student."""
-        logits = _logits(self.student(batch["image"]), "student")
-        return _full_precision_output(logits, self._student_tap.take())
+        """One forward pass of the student, and one more on the strong view if a loss needs it."""
+        return self._run("student", self.student, batch, self._student_tap)
 
     def run_teacher(self, batch: Batch) -> ModelOutput:
-        """One forward pass of the teacher, without a graph; None for a module that has no teacher."""
+        """The same of the teacher, without a graph; None for a module that has no teacher."""
         if self.teacher is None:
             return cast("ModelOutput", None)  # only losses with needs_teacher=False read it
         with torch.no_grad():
-            logits = _logits(self.teacher(batch["image"]), "teacher")
-        return _full_precision_output(logits, self._teacher_tap.take())
+            return self._run("teacher", self.teacher, batch, self._teacher_tap)
+
+    def _run(self, role: str, model: nn.Module, batch: Batch, tap: FeatureTap) -> ModelOutput:
+        logits = _logits(model(batch["image"]), role)
+        output = ModelOutput(widened(logits), {path: widened(value) for path, value in tap.take().items()})
+        if self.training and any(term.needs_strong_view for term in self._terms().values()):
+            if "image_strong" not in batch:
+                raise ValueError(
+                    f"a loss needs a second view, image_strong, but the batch has only {', '.join(batch)}; "
+                    "set --data.strong_view=true, or add it in your own data module"
+                )
+            output.logits_strong = widened(_logits(model(batch["image_strong"]), role))
+            tap.forget()
+        return output
 
     # Training
 
@@ -226,10 +237,6 @@ def _logits(output: object, role: str) -> Tensor:
             "wrap it in a module whose forward returns the logits alone"
         )
     return logits
-
-
-def _full_precision_output(logits: Tensor, features: dict[str, Tensor]) -> ModelOutput:
-    return ModelOutput(widened(logits), {path: widened(value) for path, value in features.items()})
 
 
 def as_batch(batch: Any) -> Batch:

@@ -7,7 +7,6 @@ import csv
 
 import pytest
 import torch
-
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from kdlit.callbacks import PlainBaseline, PredictionTable, StudentExport
