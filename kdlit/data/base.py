@@ -5,15 +5,16 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import lightning as L
 import torch
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
+from torchvision.transforms import v2
 
-from kdlit.data.transforms import normalize, random_crop, random_flip
+from kdlit.data.transforms import cutout, normalize, random_crop, random_flip
 from kdlit.types import Batch
 
 
@@ -39,7 +40,7 @@ class Pictures:
 class PictureDataset(Dataset[Batch]):
     """Hands out whole batches: one indexing and one transform call for all pictures of a batch."""
 
-    def __init__(self, pictures: Pictures, transform: Callable[[Tensor], Tensor]) -> None:
+    def __init__(self, pictures: Pictures, transform: Callable[[Tensor], dict[str, Tensor]]) -> None:
         self.pictures = pictures
         self.transform = transform
 
@@ -48,14 +49,13 @@ class PictureDataset(Dataset[Batch]):
 
     def __getitem__(self, index: int) -> Batch:
         """One sample without a batch dimension."""
-        batch = self.__getitems__([index])
-        return {"image": batch["image"][0], "target": batch["target"][0], "index": batch["index"][0]}
+        return cast("Batch", {key: value[0] for key, value in self.__getitems__([index]).items()})  # type: ignore[index]
 
     def __getitems__(self, indices: Sequence[int]) -> Batch:
         """One batch; the DataLoader prefers this to one call a picture."""
         index = torch.as_tensor(indices)
         pictures = self.pictures[index]
-        return {"image": self.transform(pictures.image), "target": pictures.target, "index": index}
+        return cast("Batch", {**self.transform(pictures.image), "target": pictures.target, "index": index})
 
 
 def _as_it_is(batch: Any) -> Any:
@@ -76,6 +76,7 @@ class PictureDataModule(L.LightningDataModule):
         flip: whether training pictures are mirrored at random.
         batch_size: pictures a training step, on each device.
         eval_batch_size: pictures a step of validation, test and prediction.
+        strong_view: whether training batches also hold ``image_strong``, for losses that compare two views.
         num_workers: processes that prepare batches; 0 is fastest for small pictures, prepared a batch at a time.
         split_seed: draws the validation pictures; on its own, so that runs with other seeds share the split.
 
@@ -95,6 +96,7 @@ class PictureDataModule(L.LightningDataModule):
         flip: bool = True,
         batch_size: int = 64,
         eval_batch_size: int = 256,
+        strong_view: bool = False,
         num_workers: int = 0,
         split_seed: int = 0,
     ) -> None:
@@ -116,8 +118,10 @@ class PictureDataModule(L.LightningDataModule):
         self.flip = flip
         self.batch_size = batch_size
         self.eval_batch_size = eval_batch_size
+        self.strong_view = strong_view
         self.num_workers = num_workers
         self.split_seed = split_seed
+        self._rand_augment = v2.RandAugment(num_ops=2, magnitude=10)
         self._pictures: dict[str, Pictures] = {}
 
     @abstractmethod
@@ -145,18 +149,34 @@ class PictureDataModule(L.LightningDataModule):
         self._pictures = splits
 
     def augment(self, image: Tensor) -> Tensor:
-        """Prepare a batch of training pictures: uint8 ``(B, C, H, W)`` in, float32 out."""
+        """Shift and mirror a batch of training pictures: uint8 ``(B, C, H, W)`` in and out."""
         image = random_crop(image, self.padding)
-        return self.prepare(random_flip(image) if self.flip else image)
+        return random_flip(image) if self.flip else image
+
+    def augment_strongly(self, image: Tensor) -> Tensor:
+        """The same, then two operations of RandAugment at magnitude 10 and a grey square of half the picture's side."""
+        distorted = torch.stack([self._rand_augment(one) for one in self.augment(image)])
+        return cutout(distorted, min(image.shape[-2:]) // 2)
 
     def prepare(self, image: Tensor) -> Tensor:
-        """Prepare a batch of pictures for evaluation: uint8 ``(B, C, H, W)`` in, float32 out."""
+        """Normalise a batch of pictures: uint8 ``(B, C, H, W)`` in, float32 out."""
         return normalize(image, self.mean, self.std)
+
+    def _views(self, image: Tensor) -> dict[str, Tensor]:
+        """What a training batch shows of its pictures."""
+        views = {"image": self.prepare(self.augment(image))}
+        if self.strong_view:
+            views["image_strong"] = self.prepare(self.augment_strongly(image))
+        return views
+
+    def _as_they_are(self, image: Tensor) -> dict[str, Tensor]:
+        """What a batch for evaluation shows of its pictures."""
+        return {"image": self.prepare(image)}
 
     def _loader(self, split: str) -> DataLoader[Batch]:
         train = split == "train"
         return DataLoader(
-            PictureDataset(self._pictures[split], self.augment if train else self.prepare),
+            PictureDataset(self._pictures[split], self._views if train else self._as_they_are),
             batch_size=self.batch_size if train else self.eval_batch_size,
             shuffle=train,
             num_workers=self.num_workers,

@@ -41,6 +41,17 @@ def random_flip(image: Tensor) -> Tensor:
     return torch.where(flipped[:, None, None, None], image.flip(-1), image)
 
 
+def cutout(image: Tensor, size: int) -> Tensor:
+    """Cover a grey square of ``size`` pixels around a random pixel of each uint8 picture, shape ``(B, C, H, W)``."""
+    height, width = image.shape[-2:]
+    top = torch.randint(0, height, (len(image), 1), device=image.device) - size // 2
+    left = torch.randint(0, width, (len(image), 1), device=image.device) - size // 2
+    rows, columns = torch.arange(height, device=image.device), torch.arange(width, device=image.device)
+    in_rows = (rows >= top) & (rows < top + size)
+    in_columns = (columns >= left) & (columns < left + size)
+    return image.masked_fill((in_rows[:, :, None] & in_columns[:, None, :])[:, None], 127)
+
+
 def normalize(image: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
     """Turn uint8 pictures, shape ``(B, C, H, W)``, into float32 with ``(image / 255 - mean) / std`` a channel."""
     scale = 255 * torch.tensor(std, device=image.device)[:, None, None]

@@ -8,13 +8,12 @@ shortcuts (the paper's option B) that the distillation literature uses; the x4 n
 from collections.abc import Sequence
 
 from torch import Tensor, nn
-from torch.nn.functional import relu
 
 from kdlit.models._common import (
+    BasicBlock,
     blocks_per_stage,
     check_count,
     check_image,
-    conv1x1,
     conv3x3,
     global_pool,
     init_convs,
@@ -22,28 +21,6 @@ from kdlit.models._common import (
 )
 
 X4_WIDTHS = (32, 64, 128, 256)
-
-
-class BasicBlock(nn.Module):
-    """Two 3x3 convolutions added to the block's input; ``preact`` is the sum before the last ReLU."""
-
-    def __init__(self, in_width: int, out_width: int, stride: int) -> None:
-        super().__init__()
-        self.conv1 = conv3x3(in_width, out_width, stride)
-        self.bn1 = nn.BatchNorm2d(out_width)
-        self.conv2 = conv3x3(out_width, out_width)
-        self.bn2 = nn.BatchNorm2d(out_width)
-        self.downsample = (
-            nn.Identity()
-            if stride == 1 and in_width == out_width
-            else nn.Sequential(conv1x1(in_width, out_width, stride), nn.BatchNorm2d(out_width))
-        )
-        self.preact = nn.Identity()  # gives the sum a path that a forward hook can name
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Map ``(B, in_width, H, W)`` to ``(B, out_width, H / stride, W / stride)``."""
-        residual = self.bn2(self.conv2(relu(self.bn1(self.conv1(x)))))
-        return relu(self.preact(residual + self.downsample(x)))
 
 
 class ResNet(nn.Module):

@@ -51,6 +51,16 @@ def test_one_epoch_shows_every_training_picture_once_with_its_label():
         assert batch["image"].dtype == torch.float32
 
 
+def test_two_views_show_the_same_pictures_differently():
+    data = ready(strong_view=True)
+    batch = next(iter(data.train_dataloader()))
+    assert batch["image_strong"].shape == batch["image"].shape
+    assert not torch.equal(batch["image_strong"], batch["image"])
+    assert torch.equal(batch["target"], data._pictures["train"].target[batch["index"]])
+    assert "image_strong" not in next(iter(data.val_dataloader()))
+    assert "image_strong" not in next(iter(ready().train_dataloader()))
+
+
 def test_workers_give_the_same_pictures_for_evaluation():
     alone, helped = ready(), ready(num_workers=2)
     for a, b in zip(alone.test_dataloader(), helped.test_dataloader(), strict=True):

@@ -6,7 +6,7 @@ import pytest
 import torch
 import torchvision.transforms.functional as per_picture
 
-from kdlit.data.transforms import crop, normalize, random_crop, random_flip
+from kdlit.data.transforms import crop, cutout, normalize, random_crop, random_flip
 
 
 def test_crop_equals_padding_and_cropping_each_picture():
@@ -36,6 +36,17 @@ def test_random_flip_mirrors_about_half_and_only_left_to_right():
     mirrored = (flipped == image.flip(-1)).flatten(1).all(1)
     assert ((flipped == image).flatten(1).all(1) | mirrored).all()
     assert mirrored.float().mean() == pytest.approx(0.5, abs=0.04)
+
+
+def test_cutout_covers_one_square_whose_centre_lies_in_the_picture():
+    image = torch.full((2000, 3, 8, 8), 255, dtype=torch.uint8)
+    covered = (cutout(image, 4) == 127).all(1)
+    sizes = covered.flatten(1).sum(1)
+    assert sizes.max() == 16
+    assert sizes.min() >= 4
+    rows, columns = covered.any(2).sum(1), covered.any(1).sum(1)
+    assert torch.equal(sizes, rows * columns)
+    assert covered.float().mean(0).min() > 0.05
 
 
 def test_normalize_equals_scaling_then_subtracting():

@@ -318,3 +318,43 @@ def test_predictions_are_probabilities_and_classes(trainer):
     assert torch.equal(prediction["label"], logits.argmax(1))
     assert torch.allclose(prediction["confidence"], logits.softmax(1).max(1).values)
     assert prediction["target"].shape == (40,)
+
+
+def test_losses_of_two_views_get_the_strong_one(trainer):
+    from kdlit.losses import MLKDTwoViewLoss, mlkd_two_view_loss
+
+    distiller = distil(
+        {
+            "ce": WeightedLoss(CrossEntropyLoss(), 0.1),
+            "ce_strong": WeightedLoss(CrossEntropyLoss(strong_view=True), 0.1),
+            "mlkd": WeightedLoss(MLKDTwoViewLoss(), 0.9),
+        }
+    )
+    seen = []
+    passes = []
+    distiller.student.register_forward_hook(lambda *_: passes.append(distiller.student.training))
+
+    def spy(self, batch, batch_idx, step=ClassificationDistillation.training_step):
+        student, teacher = copy.deepcopy(self.student), self.teacher
+        student._forward_hooks.clear()
+        z, z_strong = student(batch["image"]), student(batch["image_strong"])
+        v, v_strong = teacher(batch["image"]), teacher(batch["image_strong"])
+        cross_entropy = nn.functional.cross_entropy
+        expected = 0.1 * (cross_entropy(z, batch["target"]) + cross_entropy(z_strong, batch["target"]))
+        expected = expected + 0.9 * mlkd_two_view_loss(z, v, z_strong, v_strong, temperature=4.0)
+        output = step(self, batch, batch_idx)
+        seen.append((output["loss"].item(), expected.item()))
+        return output
+
+    distiller.training_step = spy.__get__(distiller)
+    trainer(max_epochs=1).fit(distiller, TinyData(strong_view=True))
+    assert len(seen) == 4
+    assert all(got == pytest.approx(expected, rel=1e-4) for got, expected in seen)
+    assert passes.count(True) == 8
+
+
+def test_a_missing_second_view_is_named_with_the_cure(trainer):
+    from kdlit.losses import MLKDTwoViewLoss
+
+    with pytest.raises(ValueError, match=r"needs a second view, image_strong, but .* --data.strong_view=true"):
+        trainer().fit(distil({"mlkd": MLKDTwoViewLoss()}), TinyData())
