@@ -43,7 +43,8 @@ class PlainBaseline(L.Callback):
             raise ValueError(f"PlainBaseline needs a DistillationModule, got {type(pl_module).__name__}")
         if trainer.world_size > 1:
             raise ValueError(f"PlainBaseline trains in one process, but this run has {trainer.world_size}")
-        self.twin = copy.deepcopy(pl_module.student)
+        if stage == "fit" or not hasattr(self, "twin"):  # a test after the fit measures the twin that was trained
+            self.twin = copy.deepcopy(pl_module.student)
         self.top1 = MulticlassAccuracy(pl_module.num_classes, average="micro")
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import functools
 import io
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,17 +12,19 @@ from typing import Any
 import lightning as L
 import torch
 from lightning.pytorch.callbacks import BasePredictionWriter
+from torch import nn
 
 from kdlit.files import write_whole
-from kdlit.modules import DistillationModule
+from kdlit.modules import DistillationModule, MutualLearning
 
 
 class StudentExport(L.Callback):
     """Writes the student of the last epoch as a small file of its own when training ends.
 
     The file is a dictionary of plain tensors and numbers: ``model`` (the student's state_dict), ``num_classes``,
-    ``epoch``, and ``metrics`` (the last value of everything logged). It needs neither kdlit nor the teacher:
-    ``net.load_state_dict(torch.load("student.pt")["model"])``.
+    ``num_parameters``, ``epoch``, and ``metrics`` (the last value of everything logged). It needs neither kdlit nor the
+    teacher: ``net.load_state_dict(torch.load("student.pt")["model"])``. Of students that taught each other, the first
+    is written to ``student.pt`` and any other to ``student_NAME.pt``.
 
     Args:
         path: file to write.
@@ -32,14 +35,19 @@ class StudentExport(L.Callback):
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Write the file, on the first process alone."""
-        if trainer.is_global_zero and isinstance(pl_module, DistillationModule):
+        if not trainer.is_global_zero or not isinstance(pl_module, DistillationModule):
+            return
+        peers = pl_module.peers if isinstance(pl_module, MutualLearning) else nn.ModuleDict()
+        networks = {self.path.with_stem(f"{self.path.stem}_{name}"): peer for name, peer in peers.items()}
+        for path, network in (networks | {self.path: pl_module.student}).items():
             content = {
-                "model": {name: value.detach().cpu().clone() for name, value in pl_module.student.state_dict().items()},
+                "model": {name: value.detach().cpu().clone() for name, value in network.state_dict().items()},
                 "num_classes": pl_module.num_classes,
+                "num_parameters": sum(parameter.numel() for parameter in network.parameters()),
                 "epoch": trainer.current_epoch,
                 "metrics": {name: float(value) for name, value in trainer.callback_metrics.items()},
             }
-            write_whole(self.path, lambda file: torch.save(content, file))
+            write_whole(path, functools.partial(torch.save, content))
 
 
 class PredictionTable(BasePredictionWriter):

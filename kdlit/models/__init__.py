@@ -1,8 +1,13 @@
-"""Networks without training logic, and the weights of others for them."""
+"""Networks without training logic, and the weights of others for them.
+
+``resnet18`` to ``resnet152`` are the forms for small images; the ImageNet forms are torchvision's.
+"""
 
 from kdlit.models.checkpoint import CheckpointError, from_checkpoint
 from kdlit.models.digits import digit_pairs_teacher
 from kdlit.models.features import FeatureTap, feature_shapes
+from kdlit.models.mobilenetv1 import MobileNetV1, mobilenetv1
+from kdlit.models.mobilenetv2 import MobileNetV2, MobileNetV2TinyImageNet, mobilenetv2, mobilenetv2_tinyimagenet
 from kdlit.models.resnet import (
     ResNet,
     resnet8,
@@ -15,6 +20,9 @@ from kdlit.models.resnet import (
     resnet56,
     resnet110,
 )
+from kdlit.models.resnet_four_stage import FourStageResNet, resnet18, resnet34, resnet50, resnet101, resnet152
+from kdlit.models.shufflenet import ShuffleNetV1, ShuffleNetV2, shufflenetv1, shufflenetv2
+from kdlit.models.vgg import VGG, vgg8, vgg11, vgg13, vgg16, vgg19
 from kdlit.models.wrn import (
     WideResNet,
     wrn_16_1,
@@ -27,22 +35,44 @@ from kdlit.models.wrn import (
 )
 
 __all__ = [
+    "VGG",
     "CheckpointError",
     "FeatureTap",
+    "FourStageResNet",
+    "MobileNetV1",
+    "MobileNetV2",
+    "MobileNetV2TinyImageNet",
     "ResNet",
+    "ShuffleNetV1",
+    "ShuffleNetV2",
     "WideResNet",
     "digit_pairs_teacher",
     "feature_shapes",
     "from_checkpoint",
+    "mobilenetv1",
+    "mobilenetv2",
+    "mobilenetv2_tinyimagenet",
     "resnet8",
     "resnet8x4",
     "resnet14",
+    "resnet18",
     "resnet20",
     "resnet32",
     "resnet32x4",
+    "resnet34",
     "resnet44",
+    "resnet50",
     "resnet56",
+    "resnet101",
     "resnet110",
+    "resnet152",
+    "shufflenetv1",
+    "shufflenetv2",
+    "vgg8",
+    "vgg11",
+    "vgg13",
+    "vgg16",
+    "vgg19",
     "wrn_16_1",
     "wrn_16_2",
     "wrn_16_4",

@@ -45,9 +45,9 @@ def conv3x3(in_width: int, out_width: int, stride: int = 1) -> nn.Conv2d:
     return nn.Conv2d(in_width, out_width, kernel_size=3, stride=stride, padding=1, bias=False)
 
 
-def conv1x1(in_width: int, out_width: int, stride: int = 1) -> nn.Conv2d:
-    """1x1 convolution, no bias."""
-    return nn.Conv2d(in_width, out_width, kernel_size=1, stride=stride, bias=False)
+def conv1x1(in_width: int, out_width: int, stride: int = 1, groups: int = 1, bias: bool = False) -> nn.Conv2d:
+    """1x1 convolution."""
+    return nn.Conv2d(in_width, out_width, kernel_size=1, stride=stride, groups=groups, bias=bias)
 
 
 def depthwise3x3(width: int, stride: int = 1, bias: bool = False) -> nn.Conv2d:

@@ -7,8 +7,11 @@ that is a dict. Wrapper prefixes (``module.``, ``_orig_mod.``, ``model.``, ``net
 are removed, in any order and depth, until names meet the network's own. Where names begin with ``student.`` or
 ``teacher.``, one side is taken and everything else (losses, projectors) left out.
 
-What names are understood: the network's own; those of pytorchcv, pycls and mmpretrain for a CIFAR ResNet; ``linear``
-for ``fc`` and ``shortcut`` for ``downsample``, and the reverse, where the network has the other one.
+What names are understood: the network's own; those of pytorchcv, pycls, mmpretrain and weiaicunzai for a CIFAR ResNet;
+``linear`` for ``fc`` and ``shortcut`` for ``downsample``, and the reverse, where the network has the other one.
+
+What may lie beside the weights: whatever torch.load takes with ``weights_only=True``, ``argparse.Namespace`` and NumPy
+scalars. Of the latter, nothing is built: NumPy never sees what the file says.
 """
 
 import argparse
@@ -17,7 +20,7 @@ import pickle
 import re
 import stat
 import zipfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Literal
 
@@ -40,7 +43,8 @@ SIGNATURES = (  # offset, first bytes, what such a file is, what to do
     (0, b"<", "a web page", "its download failed: download the file again"),
 )
 
-# Start of a name elsewhere -> start of our name. "nth" counts blocks from 1, {block} from 0.
+# Start of a name elsewhere -> start of our name. "nth" counts blocks from 1, {block} from 0; "group" counts stages from
+# 2, {stage_of_group} from 1.
 RENAMINGS = (
     # pytorchcv
     (r"features\.init_block\.(?P<layer>conv|bn)\.", "{layer}1."),
@@ -59,11 +63,76 @@ RENAMINGS = (
     (r"s(?P<stage>\d+)\.b(?P<nth>\d+)\.f\.b_bn\.", "layer{stage}.{block}.bn2."),
     (r"s(?P<stage>\d+)\.b(?P<nth>\d+)\.proj\.", "layer{stage}.{block}.downsample.0."),
     (r"s(?P<stage>\d+)\.b(?P<nth>\d+)\.bn\.", "layer{stage}.{block}.downsample.1."),
+    # weiaicunzai
+    (r"conv1\.0\.", "conv1."),
+    (r"conv1\.1\.", "bn1."),
+    (r"conv(?P<group>[2-5])_x\.(?P<i>\d+)\.shortcut\.", "layer{stage_of_group}.{i}.shortcut."),
+    *(
+        (
+            rf"conv(?P<group>[2-5])_x\.(?P<i>\d+)\.residual_function\.{index}\.",
+            f"layer{{stage_of_group}}.{{i}}.{layer}.",
+        )
+        for index, layer in ((0, "conv1"), (1, "bn1"), (3, "conv2"), (4, "bn2"), (6, "conv3"), (7, "bn3"))
+    ),
     # pycls and mmpretrain; the latter's backbone prefix is not on the head
     (r"head\.fc\.", "fc."),
     (r"backbone\.", ""),
 )
 SYNONYMS = (("fc", "linear"), ("downsample", "shortcut"))  # a network uses one of each pair, or neither
+
+# Networks that are easily taken for ours: a name of ours, a pattern of theirs, what theirs are, what to do.
+IMPOSTORS = (
+    (
+        "block1.layer.0.conv1.weight",
+        r"layer\d\.0\.shortcut\.0\.",
+        "named as in torchdistill's Wide ResNet, whose projection takes the raw and not the activated input: renamed, "
+        "they would give other logits",
+        "take a file with names like 'block1.layer.0.conv1.weight'",
+    ),
+    (
+        "block0.0.weight",
+        r"features\.\d+\.",
+        "of a VGG as in torchvision (chenyaofo, weiaicunzai, edadaltocg), with more max-pools and another classifier",
+        "take a file with names like 'block0.0.weight'",
+    ),
+    (
+        "layer1.0.conv5.weight",
+        r"stage2\.0\.branch1\.",
+        "of a ShuffleNetV2 as in torchvision (chenyaofo), with another stem",
+        "take a file with names like 'layer1.0.conv5.weight'",
+    ),
+    *(
+        (
+            ours,
+            r"(features|layers)\.\d+\.|conv_stem\.",
+            "of a MobileNet as in torchvision, timm, chenyaofo's or kuangliu's collection, with other widths, strides "
+            "or activations",
+            f"take a file with names like {ours!r}",
+        )
+        for ours in ("blocks.0.0.conv.0.weight", "stage1.residual.0.weight", "model.1.3.weight")
+    ),
+    *(
+        (
+            ours,
+            r"model\.\d+\.\d+\.",
+            "of a MobileNetV1, which the code of MLKD and LSKD calls MobileNetV2",
+            "build mobilenetv1",
+        )
+        for ours in ("blocks.0.0.conv.0.weight", "stage1.residual.0.weight")
+    ),
+    (
+        "blocks.0.0.conv.0.weight",
+        r"stage1\.residual\.",
+        "of the MobileNetV2 for Tiny-ImageNet, which is also weiaicunzai's for CIFAR",
+        "build mobilenetv2_tinyimagenet",
+    ),
+    (
+        "stage1.residual.0.weight",
+        r"blocks\.0\.0\.conv\.0\.",
+        "of the MobileNetV2 of half width for CIFAR",
+        "build mobilenetv2",
+    ),
+)
 
 
 class CheckpointError(ValueError):
@@ -105,6 +174,22 @@ def from_checkpoint(model: nn.Module, path: str, *, part: Literal["student", "te
     return model
 
 
+class _Inert:
+    """Stands for an object beside the weights; takes whatever the file gives it, and does nothing with it."""
+
+    def __init__(self, *arguments: object) -> None:
+        pass
+
+    def __setstate__(self, state: object) -> None:
+        pass
+
+
+SAFE_GLOBALS: list[Callable[..., object] | tuple[Callable[..., object], str]] = [
+    argparse.Namespace,
+    *((_Inert, f"numpy.{name}") for name in ("core.multiarray.scalar", "_core.multiarray.scalar", "dtype")),
+]
+
+
 def _read(file: Path) -> object:
     """Unpickle a file, or parse it as safetensors, without running anything in it."""
     head, size = _first_bytes(file)
@@ -117,7 +202,7 @@ def _read(file: Path) -> object:
         if zipfile.is_zipfile(file):
             _check_zip(file)
         # an open stream, because of a path torch.load also looks at the suffix
-        with file.open("rb") as stream, torch.serialization.safe_globals([argparse.Namespace]):
+        with file.open("rb") as stream, torch.serialization.safe_globals(SAFE_GLOBALS):
             return torch.load(stream, map_location="cpu", weights_only=True)
     except CheckpointError:
         raise
@@ -251,7 +336,8 @@ def _our_name(name: str) -> str:
     for pattern, template in RENAMINGS:
         if match := re.match(pattern, name):
             groups = match.groupdict()
-            return template.format(**groups, block=int(groups.get("nth", 1)) - 1) + name[match.end() :]
+            block, stage = int(groups.get("nth", 1)) - 1, int(groups.get("group", 2)) - 1
+            return template.format(**groups, block=block, stage_of_group=stage) + name[match.end() :]
     return name
 
 
@@ -291,21 +377,30 @@ def _can_become(value: Tensor, own: Tensor) -> bool:
 
 def _reasons(weights: Mapping[str, Tensor], target: Mapping[str, Tensor]) -> list[str]:
     """Name the known causes of a misfit."""
-    reasons = []
+    reasons = [
+        f"they are {what}; {cure}"
+        for our_name, pattern, what, cure in IMPOSTORS
+        if our_name in target and any(re.match(pattern, name) for name in weights)
+    ]
     theirs, ours = _blocks(weights), _blocks(target)
-    if "block1.layer" in ours and any(re.match(r"layer\d\.0\.shortcut\.0\.", name) for name in weights):
-        reasons.append(
-            "they are named as in torchdistill's Wide ResNet, whose projection takes the raw and not the activated "
-            "input: renamed, they would give other logits; take a file with names like 'block1.layer.0.conv1.weight'"
-        )
-    if "layer1" in theirs and _has_projections(target) and not _has_projections(weights):
+    are_basic = "layer1.0.conv3.weight" not in weights
+    if "layer1" in theirs and are_basic and _has_projections(target) and not _has_projections(weights):
         reasons.append(
             "they are of a ResNet whose shortcuts have no parameters (option A), this one has projections (option B); "
             "take a file with projections"
         )
     if theirs != ours and theirs.keys() & ours.keys():
         reasons.append(f"the file has {_describe(theirs)}, the network {_describe(ours)}; build it as deep as the file")
-    head = next((name for name in reversed(list(target)) if target[name].ndim == 2), "")
+    if "layer4" in theirs and "layer4" in ours and are_basic != ("layer1.0.conv3.weight" not in target):
+        kinds = ("basic blocks", "bottlenecks") if are_basic else ("bottlenecks", "basic blocks")
+        reasons.append(f"the file has {kinds[0]}, the network {kinds[1]}; build the network of the file")
+    their_stem, our_stem = _kernel(weights.get("conv1.weight")), _kernel(target.get("conv1.weight"))
+    if their_stem and our_stem and their_stem != our_stem:
+        reasons.append(
+            f"the file's first convolution is {their_stem}, the network's {our_stem}; take a file of the form for your "
+            "image size (ResNets with 7x7 are for ImageNet and fit those of torchvision.models)"
+        )
+    head = _head(target)
     if head in weights and len(weights[head]) != len(target[head]):
         reasons.append(
             f"the file has {len(weights[head])} classes, the network {len(target[head])}; take a file for your data "
@@ -314,19 +409,33 @@ def _reasons(weights: Mapping[str, Tensor], target: Mapping[str, Tensor]) -> lis
     return reasons
 
 
+def _head(target: Mapping[str, Tensor]) -> str:
+    """Return the name of the classifier's weight: the last matrix or, if there is none, the last convolution."""
+    names = list(target)[::-1]
+    return next((name for ndim in (2, 4) for name in names if target[name].ndim == ndim), "")
+
+
+def _kernel(weight: Tensor | None) -> str:
+    return "x".join(map(str, weight.shape[2:])) if weight is not None else ""
+
+
 def _has_projections(names: Iterable[str]) -> bool:
     return any(".downsample." in name or ".shortcut." in name for name in names)
 
 
 def _blocks(names: Iterable[str]) -> dict[str, int]:
-    """Count residual blocks by stage."""
+    """Count residual blocks, or a VGG's convolutions, by stage."""
     found = {match.groups() for name in names if (match := re.match(r"(layer\d|block\d\.layer)\.(\d+)\.", name))}
+    found |= {match.groups() for name in names if (match := re.match(r"(block\d)\.([0369])\.", name))}
     stages = sorted(stage for stage, _ in found)
     return {stage: stages.count(stage) for stage in stages}
 
 
 def _describe(blocks: Mapping[str, int]) -> str:
-    text = f"{'-'.join(map(str, blocks.values()))} blocks"
+    counts = "-".join(map(str, blocks.values()))
+    if "block0" in blocks:
+        return f"{counts} convolutions (VGG-{sum(blocks.values()) + 3})"
+    text = f"{counts} blocks"
     if len(blocks) != 3 or len(set(blocks.values())) != 1:
         return text
     offset = 2 if "layer1" in blocks else 4

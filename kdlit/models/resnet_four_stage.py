@@ -12,7 +12,16 @@ from torch import Tensor, nn
 from torch.nn.functional import relu
 
 from kdlit.models import _common
-from kdlit.models._common import ResidualBlock, check_count, check_image, conv1x1, conv3x3, global_pool, init_convs, stage
+from kdlit.models._common import (
+    ResidualBlock,
+    check_count,
+    check_image,
+    conv1x1,
+    conv3x3,
+    global_pool,
+    init_convs,
+    stage,
+)
 
 MIN_IMAGE_SIZE = 8  # three stages of stride 2
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from kdlit.models._common import check_count, check_image, global_pool, init_classifier, init_convs
 
 WIDTHS = (64, 128, 256, 512, 512)
-SIZE_OF_FOURTH_POOL = 64  # the published networks pool once more after block3 if, and only if, images are this high
+HEIGHT_OF_FOURTH_POOL = 64  # the published networks pool once more after block3 if, and only if, images are this high
 
 
 class VGG(nn.Module):
@@ -62,7 +62,7 @@ class VGG(nn.Module):
         Raises:
             ValueError: If ``image`` is no such batch, or is 64 pixels high and less than 16 wide.
         """
-        n_pools = 4 if image.ndim == 4 and image.shape[2] == SIZE_OF_FOURTH_POOL else 3
+        n_pools = 4 if image.ndim == 4 and image.shape[2] == HEIGHT_OF_FOURTH_POOL else 3
         check_image(image, 2**n_pools)
         x = image
         for i in range(5):

@@ -2,5 +2,6 @@
 
 from kdlit.modules.base import DistillationModule
 from kdlit.modules.classification import ClassificationDistillation
+from kdlit.modules.mutual import MutualLearning
 
-__all__ = ["ClassificationDistillation", "DistillationModule"]
+__all__ = ["ClassificationDistillation", "DistillationModule", "MutualLearning"]

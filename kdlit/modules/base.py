@@ -176,7 +176,7 @@ class DistillationModule(L.LightningModule):
         """Optimise what is trainable in student and losses, never the teacher."""
         for tensor in (*self.losses.parameters(), *self.losses.buffers()):
             tensor.data = widened(tensor.data)  # losses compute in float32 also when the networks run in half precision
-        trainable = [p for part in (self.student, self.losses) for p in part.parameters() if p.requires_grad]
+        trainable = [p for name, p in self.named_parameters() if p.requires_grad and not name.startswith("teacher.")]
         if not trainable:
             raise ValueError("the student has no trainable parameter; all have requires_grad=False")
         optimizer = self.optimizer(trainable)

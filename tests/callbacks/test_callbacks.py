@@ -68,6 +68,20 @@ def test_the_baseline_is_what_training_without_a_teacher_gives(trainer):
     assert fitted.callback_metrics["val/plain_top1"] == alone.callback_metrics["val/top1"]
 
 
+def test_a_test_after_the_fit_measures_the_twin_that_was_trained(trainer):
+    baseline, distiller, data = PlainBaseline(), distil(), TinyData()
+    fitted = trainer(callbacks=[baseline], max_epochs=2)
+    fitted.fit(distiller, data)
+    trained = copy.deepcopy(baseline.twin).eval()
+    figures = fitted.test(distiller, data, verbose=False)[0]
+    pictures = data._pictures["test"]
+    with torch.no_grad():
+        hits = (trained(data.prepare(pictures.image)).argmax(1) == pictures.target).float().mean().item()
+    assert figures["test/plain_top1"] == pytest.approx(hits)
+    assert all(torch.equal(a, b) for a, b in zip(trained.parameters(), baseline.twin.parameters(), strict=True))
+    assert not torch.equal(trained.fc.weight, distiller.student.fc.weight)
+
+
 def test_the_baseline_resumes_with_the_run(trainer, tmp_path):
     def run(epochs, ckpt_path=None):
         baseline, distiller = PlainBaseline(), distil(lr_scheduler=steps)

@@ -1,4 +1,4 @@
-"""Golden values of the CIFAR networks, and the parameters and images that they were measured with."""
+"""Golden values of the networks, and the parameters and images that they were measured with."""
 
 import json
 import zlib
@@ -35,9 +35,14 @@ def golden_value(key: str, shape: tuple[int, ...]) -> np.ndarray:
 @pytest.fixture(scope="session")
 def golden() -> dict[str, Any]:
     """What was measured on the published code: names, shapes and counts (json) and outputs (npz)."""
-    measured = json.loads((FOLDER / "cifar.json").read_text())
-    with np.load(FOLDER / "cifar.npz") as arrays:
-        return {**measured, "arrays": dict(arrays)}
+    merged: dict[str, Any] = {"models": {}, "arrays": {}}
+    for file in ("cifar", "more"):
+        measured = json.loads((FOLDER / f"{file}.json").read_text())
+        merged["models"] |= measured.pop("models")
+        merged |= measured
+        with np.load(FOLDER / f"{file}.npz") as arrays:
+            merged["arrays"] |= dict(arrays)
+    return merged
 
 
 @pytest.fixture(scope="session")
@@ -59,10 +64,16 @@ def golden_fill(golden: dict[str, Any]) -> Callable[[str, nn.Module], nn.Module]
 
 
 @pytest.fixture(scope="session")
-def golden_image() -> Tensor:
-    low = 4 * uniform("input.low", (2, 3, 4, 4)) - 2
-    high = 2 * uniform("input.high", (2, 3, 32, 32)) - 1
-    image = torch.from_numpy((low.repeat(8, axis=2).repeat(8, axis=3) + high).astype(np.float32))
+def golden_image() -> Callable[[int], Tensor]:
+    """Two images of a size that is a multiple of 4."""
+
+    def draw(size: int) -> Tensor:
+        low = 4 * uniform("input.low", (2, 3, 4, 4)) - 2
+        high = 2 * uniform("input.high", (2, 3, size, size)) - 1
+        image = low.repeat(size // 4, axis=2).repeat(size // 4, axis=3) + high
+        return torch.from_numpy(image.astype(np.float32))
+
+    image = draw(32)
     assert image[0, 0, 0, 0].item() == pytest.approx(-0.4168524444103241, rel=1e-12)
     assert image[1, 2, 31, -1].item() == pytest.approx(-1.672490119934082, rel=1e-12)
-    return image
+    return draw

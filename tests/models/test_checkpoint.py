@@ -5,9 +5,11 @@ import gzip
 import io
 import lzma
 import os
+import pickle
 import re
 import tarfile
 import tempfile
+import tracemalloc
 import zipfile
 from collections import OrderedDict
 from pathlib import Path
@@ -15,10 +17,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torchvision
 from torch import nn
 
+from kdlit import models
 from kdlit.models import (
     CheckpointError,
+    FourStageResNet,
     ResNet,
     WideResNet,
     from_checkpoint,
@@ -136,6 +141,56 @@ def test_argparse_namespace_beside_the_weights(file, weights, new_format):
     torch.save({"opt": opt, "model": weights}, file, _use_new_zipfile_serialization=new_format)
     assert_loads(file, weights)
     assert argparse.Namespace not in torch.serialization.get_safe_globals(), "allowed for this file alone"
+
+
+@pytest.mark.parametrize("new_format", [True, False])
+@pytest.mark.parametrize(
+    "scalar", [np.float64(71.4), np.float32(0.5), np.int64(240), np.bool_(True), np.str_("resnet8")], ids=repr
+)
+def test_numpy_scalars_beside_the_weights(file, weights, scalar, new_format):
+    content = {"best_acc": scalar, "opt": argparse.Namespace(lr=scalar), "model": weights, "history": [scalar] * 2}
+    torch.save(content, file, _use_new_zipfile_serialization=new_format)
+    with pytest.raises(pickle.UnpicklingError, match="multiarray"):
+        torch.load(file, weights_only=True)
+    assert_loads(file, weights)
+
+
+@pytest.mark.parametrize("module", [b"numpy.core.multiarray", b"numpy._core.multiarray"])
+def test_numpy_scalars_of_version_1_and_2(file, weights, module):
+    torch.save({"best_acc": np.float64(71.4), "model": weights}, file, _use_new_zipfile_serialization=False)
+    content, found = re.subn(rb"(?<=\nc|.c)numpy\._?core\.multiarray(?=\nscalar)", module, file.read_bytes())
+    assert found == 1
+    file.write_bytes(content)
+    assert_loads(file, weights)
+
+
+def test_numpy_builds_nothing_from_a_file(file, weights):
+    scalar = np.float64(1).__reduce__()[0]
+
+    class Huge:
+        def __reduce__(self):
+            return scalar, (np.dtype("V2000000000"),)  # without a value, NumPy takes 2 GB of zeros
+
+    class Hidden:
+        def __reduce__(self):
+            return scalar, (np.dtype("O"), b"\x80")
+
+    torch.save({"model": weights, "epoch": [Huge(), Hidden()]}, file)
+    tracemalloc.start()
+    assert_loads(file, weights)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 1e8
+
+
+def test_numpy_scalar_in_place_of_a_weight(file, weights):
+    torch.save({**weights, "fc.bias": np.float64(1.0)}, file)
+    assert "holds no weights at its top" in refusal(file)
+
+
+def test_numpy_array_beside_the_weights(file, weights):
+    torch.save({"model": weights, "epoch": np.ones(3)}, file)
+    assert "_reconstruct, and unpickling that could run code, so it is refused" in refusal(file)
 
 
 @pytest.mark.parametrize("new_format", [True, False])
@@ -293,6 +348,33 @@ def test_names_of_other_code_bases(file, rules, prefix):
     assert_loads(file, expected, network)
 
 
+def tiny_four_stage(bottleneck=False, num_classes=10):
+    return FourStageResNet((1, 2, 1, 2), bottleneck, widths=(4, 4, 8, 16), num_classes=num_classes)
+
+
+WEIAICUNZAI = [
+    (r"^conv1\.", "conv1.0."),
+    (r"^bn1\.", "conv1.1."),
+    (r"^layer(\d)", lambda m: f"conv{int(m[1]) + 1}_x"),
+    (r"(_x\.\d+)\.conv(\d)", lambda m: f"{m[1]}.residual_function.{3 * int(m[2]) - 3}"),
+    (r"(_x\.\d+)\.bn(\d)", lambda m: f"{m[1]}.residual_function.{3 * int(m[2]) - 2}"),
+    (r"^linear\.", "fc."),
+]
+TIMM = [(r"shortcut\.", "downsample."), (r"^linear\.", "fc.")]
+MMPRETRAIN_CIFAR = [(r"shortcut\.", "downsample."), (r"^(?!linear\.)", "backbone."), (r"^linear\.", "head.fc.")]
+
+
+@pytest.mark.parametrize("bottleneck", [False, True])
+@pytest.mark.parametrize("prefix", ["", "module."])
+@pytest.mark.parametrize("rules", [WEIAICUNZAI, TIMM, MMPRETRAIN_CIFAR, []])
+def test_four_stage_names_of_other_code_bases(file, rules, prefix, bottleneck):
+    expected = random_state(tiny_four_stage(bottleneck), seed=5)
+    foreign = renamed(expected, *rules)
+    assert ("linear.weight" in foreign) is not bool(rules)
+    torch.save(prefixed(prefix, foreign), file)
+    assert_loads(file, expected, tiny_four_stage(bottleneck))
+
+
 def test_pycls_resnet56_as_measured(file, golden):
     shapes = dict(golden["pycls_resnet56"])
     state = {key: torch.rand(shape) if shape else torch.tensor(7) for key, shape in shapes.items()}
@@ -400,6 +482,122 @@ def test_other_family(file):
     assert "option A" not in message
 
 
+def test_depth_and_kind_of_four_stage_resnet(file):
+    other = FourStageResNet((2, 2, 1, 2), widths=(4, 4, 8, 16), num_classes=10)
+    torch.save(random_state(other, seed=4), file)
+    assert "the file has 2-2-1-2 blocks, the network 1-2-1-2 blocks" in refusal(file, tiny_four_stage())
+    torch.save(random_state(tiny_four_stage(), seed=4), file)
+    message = refusal(file, tiny_four_stage(bottleneck=True))
+    assert "the file has basic blocks, the network bottlenecks; build the network of the file" in message
+    assert "option A" not in message
+    torch.save(random_state(tiny_four_stage(bottleneck=True), seed=4), file)
+    assert "the file has bottlenecks, the network basic blocks" in refusal(file, tiny_four_stage())
+
+
+def test_other_depth_of_vgg(file):
+    torch.save(random_state(tiny_vgg((1, 1, 2, 2, 2)), seed=4), file)
+    message = refusal(file, tiny_vgg((1, 1, 1, 1, 1)))
+    expected = "the file has 1-1-2-2-2 convolutions (VGG-11), the network 1-1-1-1-1 convolutions (VGG-8)"
+    assert expected in message
+
+
+def tiny_vgg(convs):
+    return models.VGG(convs, widths=(2, 2, 3, 3, 4), num_classes=10)
+
+
+@pytest.mark.parametrize(
+    ("build", "head"),
+    [
+        ("resnet18", "linear.weight"),
+        ("vgg8", "classifier.weight"),
+        ("mobilenetv2", "classifier.0.weight"),
+        ("mobilenetv2_tinyimagenet", "conv2.weight"),
+        ("shufflenetv2", "linear.weight"),
+        ("mobilenetv1", "fc.weight"),
+    ],
+)
+def test_head_of_every_family(file, build, head):
+    network, other = (getattr(models, build)(n) for n in (10, 20))
+    torch.save(other.state_dict(), file)
+    message = refusal(file, network)
+    assert "the file has 20 classes, the network 10" in message
+    assert f"2 of another shape: {head}" in message
+    assert_loads(file, other.state_dict(), getattr(models, build)(20))
+
+
+def test_imagenet_resnet_into_the_form_for_small_images(file):
+    torch.save(torchvision.models.resnet18().state_dict(), file)
+    message = refusal(file, models.resnet18(num_classes=1000))
+    assert "the file's first convolution is 7x7, the network's 3x3" in message
+    assert "1 of another shape: conv1.weight (64, 3, 7, 7) instead of (64, 3, 3, 3)" in message
+    assert "missing" not in message
+
+
+TORCHVISION_VGG = {"features.0.weight": (64, 3, 3, 3), "classifier.0.weight": (512, 512), "classifier.6.bias": (100,)}
+TIMM_VGG = {
+    "features.0.weight": (64, 3, 3, 3),
+    "pre_logits.fc1.weight": (4096, 512, 1, 1),
+    "head.fc.weight": (100, 4096),
+}
+TORCHVISION_MOBILENETV2 = {"features.0.0.weight": (32, 3, 3, 3), "features.1.conv.0.0.weight": (32, 1, 3, 3)}
+TORCHVISION_SHUFFLENETV2 = {"conv1.0.weight": (24, 3, 3, 3), "stage2.0.branch1.0.weight": (24, 1, 3, 3)}
+TIMM_MOBILENETV1 = {"conv_stem.weight": (32, 3, 3, 3), "blocks.0.0.conv_dw.weight": (32, 1, 3, 3)}
+KUANGLIU_MOBILENET = {"conv1.weight": (32, 3, 3, 3), "layers.0.conv1.weight": (32, 1, 3, 3)}
+LSKD_MOBILENETV2 = {"model.0.0.weight": (32, 3, 3, 3), "model.1.3.weight": (64, 32, 1, 1), "fc.weight": (1000, 1024)}
+
+
+@pytest.mark.parametrize(
+    ("build", "shapes", "expected"),
+    [
+        ("vgg16", TORCHVISION_VGG, "of a VGG as in torchvision"),
+        ("vgg16", TIMM_VGG, "of a VGG as in torchvision"),
+        ("mobilenetv2", TORCHVISION_MOBILENETV2, "of a MobileNet as in torchvision"),
+        ("mobilenetv2_tinyimagenet", TORCHVISION_MOBILENETV2, "of a MobileNet as in torchvision"),
+        ("mobilenetv2", KUANGLIU_MOBILENET, "kuangliu"),
+        ("mobilenetv1", TIMM_MOBILENETV1, "timm"),
+        ("mobilenetv1", KUANGLIU_MOBILENET, "kuangliu"),
+        ("mobilenetv2", LSKD_MOBILENETV2, "MobileNetV1, which the code of MLKD and LSKD calls MobileNetV2; build"),
+        ("mobilenetv2_tinyimagenet", LSKD_MOBILENETV2, "build mobilenetv1"),
+        ("shufflenetv2", TORCHVISION_SHUFFLENETV2, "of a ShuffleNetV2 as in torchvision"),
+    ],
+)
+def test_other_networks_of_the_same_name(file, build, shapes, expected):
+    torch.save({key: torch.ones(shape) for key, shape in shapes.items()}, file)
+    message = refusal(file, getattr(models, build)())
+    assert expected in message
+    assert "missing" in message
+    assert "option A" not in message
+    assert message.count("they are") == 1
+
+
+def test_each_mobilenetv2_names_the_other(file):
+    half, tiny = models.mobilenetv2(), models.mobilenetv2_tinyimagenet(100)
+    torch.save(tiny.state_dict(), file)
+    assert "build mobilenetv2_tinyimagenet;" in refusal(file, half)
+    torch.save(half.state_dict(), file)
+    assert "build mobilenetv2;" in refusal(file, tiny)
+
+
+def test_shufflenet_is_no_option_a_resnet(file):
+    torch.save(models.shufflenetv1().state_dict(), file)
+    message = refusal(file, resnet20())
+    assert "do not fit this ResNet" in message
+    assert "option A" not in message
+
+
+def test_kuangliu_shufflenetv2_has_another_stem(file):
+    state = models.shufflenetv2().state_dict()
+    torch.save({**state, "conv1.weight": torch.ones(24, 3, 3, 3)}, file)
+    assert "the file's first convolution is 3x3, the network's 1x1" in refusal(file, models.shufflenetv2())
+
+
+def test_mobilenetv1_with_the_prefix_of_a_wrapper(file):
+    state = random_state(models.mobilenetv1(10), seed=4)
+    for prefix in ("", "module.", "model.", "net.model.", "student."):
+        torch.save({"state_dict": prefixed(prefix, state)}, file)
+        assert_loads(file, state, models.mobilenetv1(10))
+
+
 def test_lists_are_short_and_counted(file, weights):
     torch.save({**weights, **{f"extra{i}": torch.ones(1) for i in range(50)}}, file)
     message = refusal(file)
@@ -480,8 +678,6 @@ def test_malicious_pickle_does_not_run(tmp_path, file, weights, hide, new_format
 @pytest.mark.filterwarnings("ignore:Detected pickle protocol")
 @pytest.mark.parametrize("protocol", [0, 2, 4])
 def test_malicious_plain_pickle_does_not_run(tmp_path, file, protocol):
-    import pickle
-
     marker = tmp_path / "payload_ran"
     file.write_bytes(pickle.dumps(Payload(marker), protocol=protocol))
     refusal(file)

@@ -1,0 +1,172 @@
+"""Students that teach each other: deep mutual learning (Zhang et al., CVPR 2018)."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+from typing import Any, cast
+
+import torch
+from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from torch import nn
+from torchmetrics.classification import MulticlassAccuracy
+
+from kdlit.losses import CrossEntropyLoss, DistillationLoss, DMLLoss, WeightedLoss
+from kdlit.losses.functional import widened
+from kdlit.models.features import FeatureTap
+from kdlit.modules.base import _default_optimizer, _logits, _weighted, as_batch
+from kdlit.modules.classification import ClassificationDistillation
+from kdlit.types import Batch, ModelOutput
+
+
+class MutualLearning(ClassificationDistillation):
+    r"""Trains two or more students in one run on the same batches; each is a teacher of all others.
+
+    The objective of student :math:`a` of :math:`n`, with its peers :math:`b` in the teacher's place, is
+
+    .. math:: L_a = L_{\text{labels}}(a) + \frac{1}{n - 1} \sum_{b \neq a} L_{\text{mutual}}(a, b)
+
+    The mean over peers is the paper's; for the sum of the authors' code give the loss a weight of :math:`n - 1`. They
+    update the students in turn, each against peers that have moved already; here one optimizer updates all at once,
+    from one forward pass of each student in train mode. A peer's output is detached, so the sum of all :math:`L_a`
+    gives every student the gradient of its own :math:`L_a` alone. What an optimizer or the trainer takes over all
+    parameters together, such as the norm for ``gradient_clip_val``, is taken over all students.
+
+    The first student is :attr:`student`: the one that ``val/top1`` and so the best checkpoint are about, that predicts
+    and that is exported as ``student.pt``. The others are :attr:`peers`, exported as ``student_NAME.pt``.
+
+    Logged: ``train/loss`` (the sum), ``train/loss/NAME`` (one student's objective), ``train/loss/NAME/TERM`` and
+    ``train/loss/NAME/TERM/PEER`` (without weights); ``train/NAME/top1``, ``val/NAME/top1`` and ``test/NAME/top1`` of
+    every student; ``loss``, ``top1`` and ``top5`` of the first as in :class:`ClassificationDistillation`.
+
+    Args:
+        students: networks for the same classes, at least two, by name or as a list; a list names them 0, 1, ...
+        losses: terms of every student's objective by name; by default the labels' cross-entropy ``ce`` and ``dml``,
+            :class:`~kdlit.losses.DMLLoss`, with weight 1. Those that need a teacher are averaged over the peers. Each
+            student, and each of its peers, has its own copy, so parameters and memories are not mixed.
+        optimizer: makes the one optimizer from the parameters of all students and losses.
+        lr_scheduler: makes the learning-rate schedule from the optimizer, stepped once an epoch.
+        input_size: size of one picture, ``(C, H, W)``.
+
+    Raises:
+        ValueError: If there are fewer than two students, two share parameters or differ in their classes, a name is
+            not made of letters, digits, ``_`` and ``-``, or no loss reads the labels (``needs_teacher`` is true of
+            all).
+    """
+
+    def __init__(
+        self,
+        students: Mapping[str, nn.Module] | Sequence[nn.Module],
+        losses: Mapping[str, WeightedLoss | DistillationLoss | None] | None = None,
+        optimizer: OptimizerCallable = _default_optimizer,
+        lr_scheduler: LRSchedulerCallable | None = None,
+        input_size: Sequence[int] = (3, 32, 32),
+    ) -> None:
+        named = _named(students)
+        wanted = _weighted({"ce": CrossEntropyLoss(), "dml": DMLLoss()} if losses is None else losses)
+        own = {name: copy.deepcopy(term) for name, term in wanted.items() if not term.needs_teacher}
+        if not own:
+            raise ValueError(
+                "losses must hold one that needs no teacher, such as CrossEntropyLoss: students that learn from each "
+                f"other alone learn nothing of the labels; got {', '.join(wanted)}"
+            )
+        first, *others = named
+        super().__init__(named[first], own, optimizer=optimizer, lr_scheduler=lr_scheduler, input_size=input_size)
+        self.peers = nn.ModuleDict({name: named[name] for name in others})
+        self.names = tuple(named)
+
+        layers = {path for term in wanted.values() for path in (*term.student_layers, *term.teacher_layers)}
+        self._student_tap.remove()
+        self._taps = {name: FeatureTap(student, layers) for name, student in named.items()}
+        example = torch.zeros(1, *input_size)
+        for name, student in named.items():
+            if (classes := self._probe(f"student {name}", student, example, self._taps[name])) != self.num_classes:
+                raise ValueError(
+                    f"all students must have the same classes, but student {first} gives {self.num_classes} logits and "
+                    f"student {name} {classes}; set num_classes of one to that of the other"
+                )
+
+        self.losses = nn.ModuleDict()
+        self._pairs: dict[str, tuple[str, str]] = {}  # key in losses: the student, and its peer or ""
+        for name in named:
+            for key, term in wanted.items():
+                for peer in [other for other in named if other != name] if term.needs_teacher else [""]:
+                    path = f"{name}/{key}/{peer}".rstrip("/")
+                    self._pairs[path] = name, peer
+                    self.losses[path] = copy.deepcopy(term)
+                    self._terms()[path].setup(named[name], named.get(peer), example)
+
+        for stage in ("train", "val", "test"):
+            for name in others:
+                self.metrics[f"{stage}_{name}/top1"] = self._accuracy()
+
+    @property
+    def students(self) -> dict[str, nn.Module]:
+        """All students by name, the first one first."""
+        return dict(zip(self.names, (self.student, *self.peers.values()), strict=True))
+
+    def training_step(self, batch: Any, batch_idx: int) -> dict[str, Any]:
+        """Run every student once and add up all objectives."""
+        batch = as_batch(batch)
+        outputs = {
+            name: self._run(f"student {name}", student, batch, self._taps[name])
+            for name, student in self.students.items()
+        }
+        detached = {name: output.detach() for name, output in outputs.items()}
+        device = next(iter(outputs.values())).logits.device
+        objectives = {name: torch.zeros((), device=device) for name in self.names}
+        logged = {}
+        with torch.autocast(device.type, enabled=False):
+            for path, term in self._terms().items():
+                name, peer = self._pairs[path]
+                value = term.loss(outputs[name], detached.get(peer), batch)
+                objectives[name] = objectives[name] + term.factor * value / (len(self.peers) if peer else 1)
+                logged[f"train/loss/{path}"] = value.detach()
+        objective = torch.stack(list(objectives.values())).sum()
+        self.log("loss", objective.detach(), prog_bar=True, logger=False)
+        logged |= {f"train/loss/{name}": value.detach() for name, value in objectives.items()}
+        logged["train/loss"] = objective.detach()
+        self.log_dict(logged, on_step=False, on_epoch=True, batch_size=len(batch["image"]))
+        return {"loss": objective, "batch": batch, "students": detached}
+
+    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+        """Let the losses update their memories, and count every student's hits on the training pictures."""
+        students: dict[str, ModelOutput] = outputs["students"]
+        for path, term in self._terms().items():
+            name, peer = self._pairs[path]
+            term.on_train_batch_end(students[name], cast("ModelOutput", students.get(peer)), outputs["batch"])
+        self._measure("train", "top1", students[self.names[0]].logits, outputs["batch"]["target"])
+        self._measure_others("train", students, outputs["batch"])
+
+    def _evaluate(self, stage: str, batch: Batch) -> None:
+        super()._evaluate(stage, batch)
+        outputs = {
+            name: ModelOutput(widened(_logits(peer(batch["image"]), f"student {name}")))
+            for name, peer in self.peers.items()
+        }
+        self._measure_others(stage, outputs, batch)
+
+    def _measure_others(self, stage: str, outputs: Mapping[str, ModelOutput], batch: Batch) -> None:
+        """Log the first student's accuracy under its own name too, and measure all others."""
+        first, *others = self.names
+        metric = cast("MulticlassAccuracy", self.metrics[f"{stage}_top1"])
+        self.log(f"{stage}/{first}/top1", metric, on_step=False, on_epoch=True)
+        for name in others:
+            self._measure(stage, f"{name}/top1", outputs[name].logits, batch["target"])
+
+
+def _named(students: Mapping[str, nn.Module] | Sequence[nn.Module]) -> dict[str, nn.Module]:
+    """Students by name, once nothing is wrong with the names and no two share weights."""
+    named = dict(students) if isinstance(students, Mapping) else {str(i): net for i, net in enumerate(students)}
+    if len(named) < 2:
+        raise ValueError(f"students must hold at least two networks, got {len(named)}")
+    owner: dict[int, str] = {}
+    for name, student in named.items():
+        if not name.replace("-", "").replace("_", "").isalnum() or hasattr(nn.ModuleDict(), name):
+            raise ValueError(f"the names in students must be made of letters, digits, _ and -, got {name!r}")
+        for parameter in student.parameters():
+            if (other := owner.setdefault(id(parameter), name)) != name:
+                raise ValueError(
+                    f"students {other} and {name} share parameters; give each its own network (copy.deepcopy)"
+                )
+    return named
