@@ -62,11 +62,87 @@ def _as_it_is(batch: Any) -> Any:
     return batch
 
 
-class PictureDataModule(L.LightningDataModule):
-    """Base of data modules whose pictures fit into memory: a subclass implements :meth:`load`.
+class SplitDataModule(L.LightningDataModule):
+    """Base of all data modules: loaders over a training, a validation and a test part.
 
-    Part of the training pictures can be held out for validation, the same number of each class, so that
-    hyper-parameters and checkpoints are never chosen on the test pictures.
+    A subclass fills ``datasets`` (``train``, ``val`` and ``test``), ``class_names`` and ``num_classes`` in ``setup``.
+    Validation pictures are held out of the training pictures, the same number of each class, so that hyper-parameters
+    and checkpoints are never chosen on the test pictures.
+
+    Args:
+        val_size: training pictures held out for validation: a count, or a share if below 1; 0 trains on all.
+        batch_size: pictures a training step, on each device.
+        eval_batch_size: pictures a step of validation, test and prediction.
+        num_workers: processes that prepare batches.
+        split_seed: draws the validation pictures; on its own, so that runs with other seeds share the split.
+
+    Raises:
+        ValueError: If a size is out of range.
+    """
+
+    num_classes: int
+    class_names: Sequence[str]
+    collate: Callable[[Any], Any] | None = None
+
+    def __init__(
+        self, val_size: float, batch_size: int, eval_batch_size: int, num_workers: int, split_seed: int
+    ) -> None:
+        super().__init__()
+        check_at_least(1, batch_size=batch_size, eval_batch_size=eval_batch_size)
+        check_at_least(0, val_size=val_size, num_workers=num_workers)
+        self.val_size = val_size
+        self.batch_size = batch_size
+        self.eval_batch_size = eval_batch_size
+        self.num_workers = num_workers
+        self.split_seed = split_seed
+        self.datasets: dict[str, Dataset[Batch]] = {}
+
+    def _loader(self, split: str) -> DataLoader[Batch]:
+        train = split == "train"
+        return DataLoader(
+            self.datasets[split],
+            batch_size=self.batch_size if train else self.eval_batch_size,
+            shuffle=train,
+            num_workers=self.num_workers,
+            persistent_workers=self.num_workers > 0,
+            pin_memory=torch.cuda.is_available(),
+            collate_fn=self.collate,
+        )
+
+    def train_dataloader(self) -> DataLoader[Batch]:
+        """Training pictures, shuffled and augmented."""
+        return self._loader("train")
+
+    def val_dataloader(self) -> DataLoader[Batch] | list[DataLoader[Batch]]:
+        """Held-out training pictures; no loader, and so no validation during training, if there are none.
+
+        Raises:
+            ValueError: If nothing is held out and validation was asked for by itself.
+        """
+        if len(self.datasets["val"]):  # type: ignore[arg-type]
+            return self._loader("val")
+        if self.trainer is not None and self.trainer.state.fn == TrainerFn.VALIDATING:
+            raise ValueError("there is nothing to validate on: val_size is 0; set --data.val_size or use `kdlit test`")
+        return []
+
+    def test_dataloader(self) -> DataLoader[Batch]:
+        """Test pictures."""
+        return self._loader("test")
+
+    def predict_dataloader(self) -> DataLoader[Batch]:
+        """Test pictures."""
+        return self._loader("test")
+
+
+def check_at_least(least: float, **values: float) -> None:
+    """Raise ValueError, naming the argument, unless every value is at least ``least``."""
+    for name, value in values.items():
+        if not value >= least:
+            raise ValueError(f"{name} must be >= {least}, got {value!r}")
+
+
+class PictureDataModule(SplitDataModule):
+    """Base of data modules whose pictures fit into memory: a subclass implements :meth:`load`.
 
     Args:
         mean: mean of each channel, for pictures scaled to 0..1.
@@ -84,8 +160,7 @@ class PictureDataModule(L.LightningDataModule):
         ValueError: If a size is out of range or ``mean`` and ``std`` do not fit each other.
     """
 
-    num_classes: int
-    class_names: Sequence[str]
+    collate = staticmethod(_as_it_is)
 
     def __init__(
         self,
@@ -100,27 +175,14 @@ class PictureDataModule(L.LightningDataModule):
         num_workers: int = 0,
         split_seed: int = 0,
     ) -> None:
-        super().__init__()
-        for name, value, least in (
-            ("batch_size", batch_size, 1),
-            ("eval_batch_size", eval_batch_size, 1),
-            ("num_workers", num_workers, 0),
-            ("padding", padding, 0),
-            ("val_size", val_size, 0),
-        ):
-            if not value >= least:
-                raise ValueError(f"{name} must be >= {least}, got {value!r}")
+        super().__init__(val_size, batch_size, eval_batch_size, num_workers, split_seed)
+        check_at_least(0, padding=padding)
         if len(mean) != len(std) or not all(value > 0 for value in std):
             raise ValueError(f"mean and std must have one value a channel, std above 0; got {mean!r} and {std!r}")
         self.mean, self.std = tuple(mean), tuple(std)
-        self.val_size = val_size
         self.padding = padding
         self.flip = flip
-        self.batch_size = batch_size
-        self.eval_batch_size = eval_batch_size
         self.strong_view = strong_view
-        self.num_workers = num_workers
-        self.split_seed = split_seed
         self._rand_augment = v2.RandAugment(num_ops=2, magnitude=10)
         self._pictures: dict[str, Pictures] = {}
 
@@ -147,6 +209,10 @@ class PictureDataModule(L.LightningDataModule):
         if (train_size := len(splits["train"])) < self.batch_size:
             raise ValueError(f"batch_size is {self.batch_size}, but only {train_size} training pictures are there")
         self._pictures = splits
+        self.datasets = {
+            split: PictureDataset(pictures, self._views if split == "train" else self._as_they_are)
+            for split, pictures in splits.items()
+        }
 
     def augment(self, image: Tensor) -> Tensor:
         """Shift and mirror a batch of training pictures: uint8 ``(B, C, H, W)`` in and out."""
@@ -172,42 +238,6 @@ class PictureDataModule(L.LightningDataModule):
     def _as_they_are(self, image: Tensor) -> dict[str, Tensor]:
         """What a batch for evaluation shows of its pictures."""
         return {"image": self.prepare(image)}
-
-    def _loader(self, split: str) -> DataLoader[Batch]:
-        train = split == "train"
-        return DataLoader(
-            PictureDataset(self._pictures[split], self._views if train else self._as_they_are),
-            batch_size=self.batch_size if train else self.eval_batch_size,
-            shuffle=train,
-            num_workers=self.num_workers,
-            persistent_workers=self.num_workers > 0,
-            pin_memory=torch.cuda.is_available(),
-            collate_fn=_as_it_is,
-        )
-
-    def train_dataloader(self) -> DataLoader[Batch]:
-        """Training pictures, shuffled and augmented."""
-        return self._loader("train")
-
-    def val_dataloader(self) -> DataLoader[Batch] | list[DataLoader[Batch]]:
-        """Held-out training pictures; no loader, and so no validation during training, if ``val_size`` is 0.
-
-        Raises:
-            ValueError: If ``val_size`` is 0 and validation was asked for by itself.
-        """
-        if len(self._pictures["val"]):
-            return self._loader("val")
-        if self.trainer is not None and self.trainer.state.fn == TrainerFn.VALIDATING:
-            raise ValueError("there is nothing to validate on: val_size is 0; set --data.val_size or use `kdlit test`")
-        return []
-
-    def test_dataloader(self) -> DataLoader[Batch]:
-        """Test pictures."""
-        return self._loader("test")
-
-    def predict_dataloader(self) -> DataLoader[Batch]:
-        """Test pictures."""
-        return self._loader("test")
 
 
 def hold_out(target: Tensor, size: float, seed: int) -> Tensor:

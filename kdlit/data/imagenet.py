@@ -6,18 +6,16 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import cast
 
-import lightning as L
 import torch
-from lightning.pytorch.trainer.states import TrainerFn
-from torch.utils.data import DataLoader, Dataset, Subset
+from torch.utils.data import Dataset, Subset
 from torchvision.datasets import ImageFolder
 from torchvision.transforms import v2
 
-from kdlit.data.base import hold_out
+from kdlit.data.base import SplitDataModule, check_at_least, hold_out
 from kdlit.types import Batch
 
 
-class ImageNet(L.LightningDataModule):
+class ImageNet(SplitDataModule):
     """Photographs in ``<root>/train/<class>/*`` and ``<root>/val/<class>/*``, by the standard recipe.
 
     Training pictures: a random part of 8 to 100 % of the area at ``size`` pixels, mirrored at random. Evaluation: the
@@ -43,9 +41,6 @@ class ImageNet(L.LightningDataModule):
         FileNotFoundError: If ``train`` or ``val`` is missing.
     """
 
-    num_classes: int
-    class_names: Sequence[str]
-
     def __init__(
         self,
         root: str = "data/imagenet",
@@ -60,17 +55,9 @@ class ImageNet(L.LightningDataModule):
         num_workers: int = 8,
         split_seed: int = 0,
     ) -> None:
-        super().__init__()
-        for name, value, least in (
-            ("size", size, 1),
-            ("resize", resize, size),
-            ("val_size", val_size, 0),
-            ("batch_size", batch_size, 1),
-            ("eval_batch_size", eval_batch_size, 1),
-            ("num_workers", num_workers, 0),
-        ):
-            if not value >= least:
-                raise ValueError(f"{name} must be >= {least}, got {value!r}")
+        super().__init__(val_size, batch_size, eval_batch_size, num_workers, split_seed)
+        check_at_least(1, size=size)
+        check_at_least(size, resize=resize)
         self.root = Path(root).expanduser()
         for part in ("train", "val"):
             if not (self.root / part).is_dir():
@@ -78,11 +65,6 @@ class ImageNet(L.LightningDataModule):
                     f"no folder {(self.root / part).absolute()}; set --data.root to the folder that holds train and "
                     "val, with a folder for each class in both"
                 )
-        self.val_size = val_size
-        self.batch_size = batch_size
-        self.eval_batch_size = eval_batch_size
-        self.num_workers = num_workers
-        self.split_seed = split_seed
         finish = [v2.PILToTensor(), v2.ToDtype(torch.float32, scale=True), v2.Normalize(list(mean), list(std))]
         weak = [v2.RandomResizedCrop(size, antialias=True), v2.RandomHorizontalFlip()]
         train_views = {"image": v2.Compose([*weak, *finish])}
@@ -91,7 +73,6 @@ class ImageNet(L.LightningDataModule):
             train_views["image_strong"] = v2.Compose([*weak, v2.RandAugment(2, 10), *finish, grey])
         eval_views = {"image": v2.Compose([v2.Resize(resize, antialias=True), v2.CenterCrop(size), *finish])}
         self._views = {"train": train_views, "val": eval_views, "test": eval_views}
-        self._folders: dict[str, Dataset[Batch]] = {}
 
     def setup(self, stage: str) -> None:
         """List the pictures and split them, once.
@@ -99,7 +80,7 @@ class ImageNet(L.LightningDataModule):
         Raises:
             ValueError: If the classes of ``train`` and ``val`` differ, or a split would be empty.
         """
-        if self._folders:
+        if self.datasets:
             return
         train, test = _list(self.root / "train"), _list(self.root / "val")
         if train.classes != test.classes:
@@ -113,46 +94,11 @@ class ImageNet(L.LightningDataModule):
         pictures = {
             split: _Photographs(train if split != "test" else test, self._views[split]) for split in self._views
         }
-        self._folders = {
+        self.datasets = {
             "train": Subset(pictures["train"], (~held_out).nonzero().flatten().tolist()),
             "val": Subset(pictures["val"], held_out.nonzero().flatten().tolist()),
             "test": pictures["test"],
         }
-
-    def _loader(self, split: str) -> DataLoader[Batch]:
-        train = split == "train"
-        return DataLoader(
-            self._folders[split],
-            batch_size=self.batch_size if train else self.eval_batch_size,
-            shuffle=train,
-            num_workers=self.num_workers,
-            persistent_workers=self.num_workers > 0,
-            pin_memory=torch.cuda.is_available(),
-        )
-
-    def train_dataloader(self) -> DataLoader[Batch]:
-        """Training pictures, shuffled and augmented."""
-        return self._loader("train")
-
-    def val_dataloader(self) -> DataLoader[Batch] | list[DataLoader[Batch]]:
-        """Held-out training pictures; no loader if ``val_size`` is 0.
-
-        Raises:
-            ValueError: If ``val_size`` is 0 and validation was asked for by itself.
-        """
-        if self.val_size:
-            return self._loader("val")
-        if self.trainer is not None and self.trainer.state.fn == TrainerFn.VALIDATING:
-            raise ValueError("there is nothing to validate on: val_size is 0; set --data.val_size or use `kdlit test`")
-        return []
-
-    def test_dataloader(self) -> DataLoader[Batch]:
-        """The pictures in ``val``, which papers report."""
-        return self._loader("test")
-
-    def predict_dataloader(self) -> DataLoader[Batch]:
-        """The pictures in ``val``."""
-        return self._loader("test")
 
 
 class _Photographs(Dataset[Batch]):
