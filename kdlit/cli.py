@@ -16,6 +16,7 @@ from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.utilities import rank_zero_only
 
+import kdlit.data  # noqa: F401  classes are known by their short names once imported
 from kdlit import config_errors
 from kdlit.callbacks import PredictionTable, StudentExport, StudentSummary, print_result
 from kdlit.files import WholeCheckpointIO, write_whole

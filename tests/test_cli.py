@@ -250,6 +250,50 @@ def test_mistakes_get_one_clear_message_and_leave_nothing_behind(project, kdlit_
     assert {path for path in project.rglob("*") if "__pycache__" not in path.parts} == before
 
 
+def test_classes_go_by_their_short_names(project, kdlit_cli):
+    for option in ("--data.help=DigitPairs", "--data.help=CIFAR100", "--model.losses.help=DKDLoss"):
+        out = kdlit_cli("fit", option)
+        assert "usage: kdlit [--" in out, out
+        assert "error" not in out
+    out = kdlit_cli("fit", "--config", "tiny.yaml", "--data=DigitPairs", "--print_config")
+    assert "class_path: kdlit.data.DigitPairs" in out
+
+
+YAML_COMPOSITION = """
+model:
+  init_args:
+    losses:
+      ce: {loss: {class_path: CrossEntropyLoss}}
+      ls_dkd_ctkd:
+        weight: 9.0
+        warmup_epochs: 4
+        loss:
+          class_path: LogitStandardization
+          init_args:
+            loss:
+              class_path: GlobalTemperature
+              init_args: {loss: {class_path: DKDLoss, init_args: {beta: 2.0}}}
+      ea_mlkd:
+        weight: 0.5
+        loss: {class_path: EntropyWeighting, init_args: {loss: {class_path: MLKDLoss}}}
+"""
+
+
+def test_wrappers_compose_from_yaml_alone_and_every_term_is_logged(project, kdlit_cli):
+    (project / "composed.yaml").write_text(YAML_COMPOSITION)
+    kdlit_cli("fit", "--config", "tiny.yaml", "--config", "composed.yaml", "--run_dir=out")
+    log = [row for row in rows(project / "out" / "metrics.csv") if row["train/loss"]]
+    assert len(log) == 2
+    for epoch, row in enumerate(log):
+        value = {name: float(row[f"train/loss/{name}"]) for name in ("ce", "ls_dkd_ctkd", "ea_mlkd")}
+        expected = value["ce"] + 9 * (epoch + 1) / 4 * value["ls_dkd_ctkd"] + 0.5 * value["ea_mlkd"]
+        assert float(row["train/loss"]) == pytest.approx(expected, rel=1e-4)
+    state = torch.load(project / "out" / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]
+    learned = state["losses.ls_dkd_ctkd.loss.loss.global_score"]
+    assert learned != 1.0, "the temperature must have been learned, and saved"
+    assert not [name for name in torch.load(project / "out" / "student.pt")["model"] if "score" in name]
+
+
 def test_evaluating_a_run_that_never_was_is_an_error(project, kdlit_cli):
     out = kdlit_cli("test", "--config", "tiny.yaml", "--ckpt_path=last")
     assert "no run in" in out
