@@ -125,14 +125,19 @@ class KdlitCLI(LightningCLI):
                 raise FileExistsError(
                     f"--run_dir: {self.run_dir} already holds a run; go on with it by --ckpt_path=last, or name another"
                 )
-        elif checkpoint is not None and (checkpoint.parent.parent / "config.yaml").exists():
+        elif checkpoint is not None and self._belongs_to_a_run(checkpoint):
             self.run_dir = os.path.relpath(checkpoint.parent.parent)
         else:
             self.run_dir = _new_run_dir(runs)
         if config.torch_threads:
             torch.set_num_threads(config.torch_threads)
-        config.checkpoint.dirpath = config.checkpoint.dirpath or f"{self.run_dir}/checkpoints"
+        config.checkpoint.dirpath = f"{self.run_dir}/checkpoints"
         config.trainer.default_root_dir = self.run_dir
+
+    def _belongs_to_a_run(self, checkpoint: Path) -> bool:
+        """Whether results go where a checkpoint came from; a fit from an earlier point than the last is a new run."""
+        in_run = (checkpoint.parent.parent / "config.yaml").exists()
+        return in_run and (self.subcommand != "fit" or checkpoint.name == "last.ckpt")
 
     def _newest_last(self, folder: Path) -> str | None:
         """The newest ``last.ckpt`` at or below a folder; None, after saying so, where a fit has yet to begin."""

@@ -131,6 +131,19 @@ def test_the_saved_config_repeats_the_run_bit_for_bit(project, kdlit_cli):
     assert all(torch.equal(a[name], b[name]) for name in a)
 
 
+def test_no_run_writes_into_the_folder_of_another(project, kdlit_cli):
+    kdlit_cli("fit", "--config", "tiny.yaml")
+    first = project / "runs/tiny/version_0"
+    before = {path: path.read_bytes() for path in first.rglob("*") if path.is_file()}
+    kdlit_cli("fit", "--config", "runs/tiny/version_0/config.yaml", "--seed_everything=5")
+    kdlit_cli("fit", "--config", "tiny.yaml", "--ckpt_path=runs/tiny/version_0/checkpoints/best.ckpt",
+              "--trainer.max_epochs=3")  # fmt: skip
+    assert {path: path.read_bytes() for path in first.rglob("*") if path.is_file()} == before
+    assert sorted(path.name for path in (project / "runs/tiny").iterdir()) == ["version_0", "version_1", "version_2"]
+    for number in (1, 2):
+        assert (project / f"runs/tiny/version_{number}/checkpoints/best.ckpt").exists()
+
+
 def test_a_checkpoint_of_a_command_line_run_rebuilds_everything(project, kdlit_cli):
     from kdlit.modules import ClassificationDistillation
 
