@@ -8,7 +8,7 @@ import os
 import sys
 import warnings
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, Literal, NoReturn
 
 import lightning as L
 import torch
@@ -51,7 +51,9 @@ class _ConfigInRunFolder(SaveConfigCallback):
 
     @rank_zero_only
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        text = self.parser.dump(self.config, skip_none=False).encode()
+        config = self.config.clone()
+        config.run_dir = config.ckpt_path = config.trainer.default_root_dir = config.checkpoint.dirpath = None
+        text = self.parser.dump(config, skip_none=False).encode()
         path = Path(trainer.default_root_dir) / "config.yaml"
         if path.exists() and path.read_bytes() != text:
             earlier = len(list(path.parent.glob("config.*.yaml")))
@@ -113,9 +115,9 @@ class KdlitCLI(LightningCLI):
     def before_instantiate_classes(self) -> None:
         """Settle where the run lives and which checkpoint it starts from."""
         config = self.config[self.subcommand]
-        runs = _runs_of([Path(str(path)) for path in config.config or []])
+        configs = [Path(str(path)) for path in config.config or []]
         if config.ckpt_path == "last":
-            config.ckpt_path = self._newest_last(Path(config.run_dir) if config.run_dir else runs)
+            config.ckpt_path = self._newest_last(Path(config.run_dir) if config.run_dir else _runs_of(configs, "last"))
         checkpoint = Path(config.ckpt_path).absolute() if config.ckpt_path else None
         if checkpoint is not None and not checkpoint.is_file():
             raise FileNotFoundError(f"--ckpt_path: there is no file {checkpoint}")
@@ -128,7 +130,7 @@ class KdlitCLI(LightningCLI):
         elif checkpoint is not None and self._belongs_to_a_run(checkpoint):
             self.run_dir = os.path.relpath(checkpoint.parent.parent)
         else:
-            self.run_dir = _new_run_dir(runs)
+            self.run_dir = _new_run_dir(_runs_of(configs, "new"))
         if config.torch_threads:
             torch.set_num_threads(config.torch_threads)
         config.checkpoint.dirpath = f"{self.run_dir}/checkpoints"
@@ -195,10 +197,12 @@ class KdlitCLI(LightningCLI):
         print(f"Figures: {path}")
 
 
-def _runs_of(configs: list[Path]) -> Path:
-    """Folder of all runs of some configs: ``runs/NAME-NAME``, also for the ``config.yaml`` that such a run saved."""
+def _runs_of(configs: list[Path], which: Literal["last", "new"]) -> Path:
+    """Where the runs of some configs lie: ``runs/NAME-NAME``; for the ``config.yaml`` of a run, there or beside it."""
     if configs and configs[0].name == "config.yaml":
-        return configs[0].parent.parent
+        run = configs[0].absolute().parent
+        beside = run.parent if run.name.startswith("version_") else Path("runs") / run.name
+        return Path(os.path.relpath(run if which == "last" else beside))
     return Path("runs") / ("-".join(path.stem for path in configs) or "run")
 
 

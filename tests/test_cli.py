@@ -140,6 +140,8 @@ def test_no_run_writes_into_the_folder_of_another(project, kdlit_cli):
               "--trainer.max_epochs=3")  # fmt: skip
     assert {path: path.read_bytes() for path in first.rglob("*") if path.is_file()} == before
     assert sorted(path.name for path in (project / "runs/tiny").iterdir()) == ["version_0", "version_1", "version_2"]
+    saved = (first / "config.yaml").read_text()
+    assert "version_0" not in saved, "a saved config must not point into the folder of its run"
     for number in (1, 2):
         assert (project / f"runs/tiny/version_{number}/checkpoints/best.ckpt").exists()
 
@@ -169,6 +171,8 @@ def test_an_explicit_run_dir_starts_resumes_and_is_never_overwritten(project, kd
     again = ("fit", "--config", "tiny.yaml", "--run_dir=here", "--ckpt_path=last")
     assert "starting afresh" in kdlit_cli(*again)
     assert "here/checkpoints/last.ckpt" in kdlit_cli(*again, "--trainer.max_epochs=3")
+    assert "here/checkpoints/last.ckpt" in kdlit_cli("test", "--config", "here/config.yaml", "--ckpt_path=last")
+    assert (project / "here" / "test.json").exists()
     out = kdlit_cli("fit", "--config", "tiny.yaml", "--run_dir=here")
     assert "here already holds a run; go on with it by --ckpt_path=last" in out
 
