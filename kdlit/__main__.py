@@ -6,6 +6,7 @@ import sys
 
 USAGE = """\
 usage: kdlit {fit,validate,test,predict} --config FILE [--config FILE ...] [--NAME.SUBNAME=VALUE ...]
+       kdlit chain --config FILE [--run_dir FOLDER]
 
 Knowledge distillation of vision models.
 
@@ -14,6 +15,7 @@ commands:
   validate   measure a checkpoint on the held-out training pictures
   test       measure a checkpoint on the test pictures
   predict    write the predicted classes of the test pictures to predictions.csv
+  chain      train the links of a chain file in turn, each with an earlier one as its teacher; resumes by itself
 
 common options:
   --config FILE             config in YAML; later ones override earlier ones
@@ -36,6 +38,10 @@ def main() -> None:
         from kdlit import __version__
 
         print(f"kdlit {__version__}")
+    elif arguments[0] == "chain":
+        from kdlit.chain import main as run_chain
+
+        run_chain(arguments[1:])
     else:
         from kdlit.cli import main as run
 

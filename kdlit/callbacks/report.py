@@ -26,6 +26,8 @@ class StudentSummary(L.Callback):
         for name, child in student.named_children():
             table.add_row(f"  student.{name}", type(child).__name__, f"{_size(child):,}")
         table.add_row("student", type(student).__name__, f"{_size(student):,}", style="bold")
+        for name, peer in getattr(pl_module, "peers", {}).items():
+            table.add_row(f"student {name}", type(peer).__name__, f"{_size(peer):,}")
         if teacher is not None:
             table.add_row("teacher (frozen)", type(teacher).__name__, f"{_size(teacher):,}")
         if extra := _size(pl_module.losses):
@@ -52,6 +54,8 @@ def print_result(trainer: L.Trainer, run_dir: str) -> None:
         ("student trained alone", metrics.get("val/plain_top1")),
         ("student, distilled" if "val/teacher_top1" in metrics else "student", metrics.get("val/top1")),
     ]
+    peers = getattr(trainer.lightning_module, "peers", {})
+    rows += [(f"student {name}", metrics.get(f"val/{name}/top1")) for name in peers]
     best = next((kept for kept in trainer.checkpoint_callbacks if getattr(kept, "monitor", None) == "val/top1"), None)
     if isinstance(best, ModelCheckpoint):
         rows.append(("  its best epoch, for comparison", best.best_model_score))

@@ -18,7 +18,8 @@ from kdlit.models.features import FeatureTap, dry_run
 from kdlit.types import Batch, ModelOutput
 
 
-def _default_optimizer(params: Any) -> torch.optim.Optimizer:
+def default_optimizer(params: Any) -> torch.optim.Optimizer:
+    """SGD as the papers train ResNets on CIFAR-100."""
     return torch.optim.SGD(params, lr=0.05, momentum=0.9, weight_decay=5e-4)
 
 
@@ -51,7 +52,7 @@ class DistillationModule(L.LightningModule):
         student: nn.Module,
         losses: Mapping[str, WeightedLoss | DistillationLoss | None],
         teacher: nn.Module | None = None,
-        optimizer: OptimizerCallable = _default_optimizer,
+        optimizer: OptimizerCallable = default_optimizer,
         lr_scheduler: LRSchedulerCallable | None = None,
         input_size: Sequence[int] = (3, 32, 32),
     ) -> None:
@@ -62,7 +63,7 @@ class DistillationModule(L.LightningModule):
             self.save_hyperparameters(logger=False)
         self.student = student
         self.teacher = None if teacher is None else teacher.requires_grad_(False).eval()
-        self.losses = nn.ModuleDict(_weighted(losses))
+        self.losses = nn.ModuleDict(weighted_terms(losses))
         self.optimizer = optimizer
         self.lr_scheduler = lr_scheduler
 
@@ -100,7 +101,7 @@ class DistillationModule(L.LightningModule):
                 f"the {role} ({type(model).__name__}) cannot take pictures of input_size "
                 f"{tuple(example.shape[1:])}: {error}"
             ) from error
-        logits = _logits(output, role)
+        logits = logits_of(output, role)
         if logits.ndim != 2 or logits.shape[0] != 1:
             raise ValueError(
                 f"the {role} ({type(model).__name__}) must give logits of shape (batch, classes), but gives "
@@ -112,7 +113,7 @@ class DistillationModule(L.LightningModule):
 
     def forward(self, image: Tensor) -> Tensor:
         """Return the student's logits, shape ``(B, C)``, for pictures of shape ``(B, *input_size)``."""
-        return _logits(self.student(image), "student")
+        return logits_of(self.student(image), "student")
 
     def run_student(self, batch: Batch) -> ModelOutput:
         """One forward pass of the student, and one more on the strong view if a loss needs it."""
@@ -126,7 +127,7 @@ class DistillationModule(L.LightningModule):
             return self._run("teacher", self.teacher, batch, self._teacher_tap)
 
     def _run(self, role: str, model: nn.Module, batch: Batch, tap: FeatureTap) -> ModelOutput:
-        logits = _logits(model(batch["image"]), role)
+        logits = logits_of(model(batch["image"]), role)
         output = ModelOutput(widened(logits), {path: widened(value) for path, value in tap.take().items()})
         if self.training and any(term.needs_strong_view for term in self._terms().values()):
             if "image_strong" not in batch:
@@ -134,7 +135,7 @@ class DistillationModule(L.LightningModule):
                     f"a loss needs a second view, image_strong, but the batch has only {', '.join(batch)}; "
                     "set --data.strong_view=true, or add it in your own data module"
                 )
-            output.logits_strong = widened(_logits(model(batch["image_strong"]), role))
+            output.logits_strong = widened(logits_of(model(batch["image_strong"]), role))
             tap.forget()
         return output
 
@@ -215,7 +216,12 @@ class DistillationModule(L.LightningModule):
             )
 
 
-def _weighted(losses: Mapping[str, WeightedLoss | DistillationLoss | None]) -> dict[str, WeightedLoss]:
+def weighted_terms(losses: Mapping[str, WeightedLoss | DistillationLoss | None]) -> dict[str, WeightedLoss]:
+    """Give bare losses weight 1 and drop the terms that are None.
+
+    Raises:
+        ValueError: If nothing is left or a name is empty or has dots.
+    """
     terms = {
         name: loss if isinstance(loss, WeightedLoss) else WeightedLoss(loss)
         for name, loss in losses.items()
@@ -229,7 +235,12 @@ def _weighted(losses: Mapping[str, WeightedLoss | DistillationLoss | None]) -> d
     return terms
 
 
-def _logits(output: object, role: str) -> Tensor:
+def logits_of(output: object, role: str) -> Tensor:
+    """Logits in what a network returned: the tensor itself, or its attribute ``logits``.
+
+    Raises:
+        TypeError: If it is neither.
+    """
     logits = getattr(output, "logits", output)
     if not isinstance(logits, Tensor):
         raise TypeError(

@@ -14,7 +14,7 @@ from torchmetrics.classification import MulticlassAccuracy
 from kdlit.losses import CrossEntropyLoss, DistillationLoss, DMLLoss, WeightedLoss
 from kdlit.losses.functional import widened
 from kdlit.models.features import FeatureTap
-from kdlit.modules.base import _default_optimizer, _logits, _weighted, as_batch
+from kdlit.modules.base import as_batch, default_optimizer, logits_of, weighted_terms
 from kdlit.modules.classification import ClassificationDistillation
 from kdlit.types import Batch, ModelOutput
 
@@ -33,7 +33,8 @@ class MutualLearning(ClassificationDistillation):
     parameters together, such as the norm for ``gradient_clip_val``, is taken over all students.
 
     The first student is :attr:`student`: the one that ``val/top1`` and so the best checkpoint are about, that predicts
-    and that is exported as ``student.pt``. The others are :attr:`peers`, exported as ``student_NAME.pt``.
+    and that is exported as ``student.pt``. The others are :attr:`peers`, exported as ``student_NAME.pt``, which
+    :func:`kdlit.models.from_checkpoint` reads like any other.
 
     Logged: ``train/loss`` (the sum), ``train/loss/NAME`` (one student's objective), ``train/loss/NAME/TERM`` and
     ``train/loss/NAME/TERM/PEER`` (without weights); ``train/NAME/top1``, ``val/NAME/top1`` and ``test/NAME/top1`` of
@@ -58,12 +59,12 @@ class MutualLearning(ClassificationDistillation):
         self,
         students: Mapping[str, nn.Module] | Sequence[nn.Module],
         losses: Mapping[str, WeightedLoss | DistillationLoss | None] | None = None,
-        optimizer: OptimizerCallable = _default_optimizer,
+        optimizer: OptimizerCallable = default_optimizer,
         lr_scheduler: LRSchedulerCallable | None = None,
         input_size: Sequence[int] = (3, 32, 32),
     ) -> None:
         named = _named(students)
-        wanted = _weighted({"ce": CrossEntropyLoss(), "dml": DMLLoss()} if losses is None else losses)
+        wanted = weighted_terms({"ce": CrossEntropyLoss(), "dml": DMLLoss()} if losses is None else losses)
         own = {name: copy.deepcopy(term) for name, term in wanted.items() if not term.needs_teacher}
         if not own:
             raise ValueError(
@@ -78,6 +79,7 @@ class MutualLearning(ClassificationDistillation):
         layers = {path for term in wanted.values() for path in (*term.student_layers, *term.teacher_layers)}
         self._student_tap.remove()
         self._taps = {name: FeatureTap(student, layers) for name, student in named.items()}
+        self._student_tap = self._taps[first]
         example = torch.zeros(1, *input_size)
         for name, student in named.items():
             if (classes := self._probe(f"student {name}", student, example, self._taps[name])) != self.num_classes:
@@ -141,7 +143,7 @@ class MutualLearning(ClassificationDistillation):
     def _evaluate(self, stage: str, batch: Batch) -> None:
         super()._evaluate(stage, batch)
         outputs = {
-            name: ModelOutput(widened(_logits(peer(batch["image"]), f"student {name}")))
+            name: ModelOutput(widened(logits_of(peer(batch["image"]), f"student {name}")))
             for name, peer in self.peers.items()
         }
         self._measure_others(stage, outputs, batch)
