@@ -133,8 +133,10 @@ class Link:
         Raises:
             ChainError: If it fails.
         """
-        self.folder.mkdir(parents=True, exist_ok=True)
-        (self.folder / "link.yaml").write_text(yaml.safe_dump(self.config, sort_keys=False), encoding="utf-8")
+        from kdlit.files import write_whole
+
+        text = yaml.safe_dump(self.config, sort_keys=False).encode()
+        write_whole(self.folder / "link.yaml", lambda file: file.write(text))
         if not self.has_begun:
             (self.folder / "metrics.csv").unlink(missing_ok=True)  # of a run that ended before its first checkpoint
         options = ["--config", str(self.folder / "link.yaml"), "--run_dir", str(self.folder), "--ckpt_path=last"]

@@ -54,11 +54,11 @@ def print_result(trainer: L.Trainer, run_dir: str) -> None:
         ("student trained alone", metrics.get("val/plain_top1")),
         ("student, distilled" if "val/teacher_top1" in metrics else "student", metrics.get("val/top1")),
     ]
-    peers = getattr(trainer.lightning_module, "peers", {})
-    rows += [(f"student {name}", metrics.get(f"val/{name}/top1")) for name in peers]
     best = next((kept for kept in trainer.checkpoint_callbacks if getattr(kept, "monitor", None) == "val/top1"), None)
     if isinstance(best, ModelCheckpoint):
         rows.append(("  its best epoch, for comparison", best.best_model_score))
+    peers = getattr(trainer.lightning_module, "peers", {})
+    rows += [(f"student {name}", metrics.get(f"val/{name}/top1")) for name in peers]
     table = Table("Network", "top-1 %", title=f"Held-out validation pictures, after epoch {trainer.current_epoch}")
     table.columns[1].justify = "right"
     for name, value in rows:
