@@ -3,19 +3,82 @@
 from __future__ import annotations
 
 import csv
-import itertools
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
+from PIL import Image
 
 from kdlit.cli import KdlitCLI
 
 CONFIGS = Path(__file__).parents[1] / "configs"
-PAIRS = sorted((CONFIGS / "cifar100" / "pairs").glob("*.yaml"))
-METHODS = sorted((CONFIGS / "cifar100" / "methods").glob("*.yaml"))
-BETA = {"resnet56": 2, "resnet110": 2, "wrn_40_2": 6, "resnet32x4": 8}  # Zhao et al. 2022, table A.2
+BETA = {  # Zhao et al. 2022, table A.2
+    "resnet56": 2, "resnet110": 2, "wrn_40_2": 6, "vgg13": 6, "resnet32x4": 8, "resnet50": 8,
+}  # fmt: skip
+SMALL = {"mobilenetv2", "shufflenetv1", "shufflenetv2"}
+
+
+def _cells():
+    with (CONFIGS / "cells.csv").open(newline="") as file:
+        return [row for row in csv.DictReader(file) if row["dataset"] == "cifar100" and row["config_method"]]
+
+
+def _of(rows, key):
+    """The first row for each value of a column."""
+    return list({row[key]: row for row in reversed(rows)}.values())
+
+
+def one_cell_for_each_file(rows):
+    """Few rows of an index in which every pair and every method occurs."""
+    rows = [row for row in rows if row["config_method"]]
+    covered, chosen = set(), []
+    for least in (2, 1):  # first those that cover two files at once
+        for row in rows:
+            files = {row["config_pair"], row["config_method"]}
+            if len(files - covered) >= least:
+                covered |= files
+                chosen.append(row)
+    return chosen
+
+
+def cover(rows):
+    """Few rows in which every network occurs."""
+    seen, chosen = set(), []
+    for least in (2, 1):
+        for row in rows:
+            networks = {row["teacher"], row["student"]}
+            if len(networks - seen) >= least:
+                seen |= networks
+                chosen.append(row)
+    return chosen
+
+
+CELLS = _cells()
+PAIRS = _of(CELLS, "config_pair")
+PAIR = CONFIGS / "cifar100" / "pairs" / "resnet32x4_resnet8x4.yaml"
+
+
+class _StopAtTheParserError(Exception):
+    pass
+
+
+class _OnlyTheParser(KdlitCLI):
+    def parse_arguments(self, parser, args):
+        raise _StopAtTheParserError(parser)
+
+
+def fit_parser():
+    """The parser of the command line, to be used many times: making one costs more than parsing."""
+    try:
+        _OnlyTheParser(["fit"])
+    except _StopAtTheParserError as stop:
+        return stop.args[0]
+
+
+@pytest.fixture(scope="module")
+def parser():
+    return fit_parser()
 
 
 def resolved(kdlit_cli, *arguments):
@@ -29,17 +92,21 @@ def init_args(config, *path):
     return config
 
 
-@pytest.mark.parametrize(("pair", "method"), itertools.product(PAIRS, METHODS), ids=lambda path: path.stem)
-def test_every_pair_goes_with_every_method(kdlit_cli, pair, method):
-    config = resolved(kdlit_cli, "--config", pair, "--config", method)
+def files_of(row):
+    root = CONFIGS.parent
+    return str(root / row["config_pair"]), str(root / row["config_method"])
+
+
+@pytest.mark.parametrize("row", PAIRS, ids=lambda row: Path(row["config_pair"]).stem)
+def test_every_pair_has_its_networks_and_recipe(parser, row):
+    pair, method = files_of(row)
+    config = parser.parse_args(["fit", "--config", pair, "--config", method]).as_dict()["fit"]
     teacher, student = (init_args(config, "model")[role] for role in ("teacher", "student"))
-    assert (
-        f"{teacher['init_args']['model']['class_path']}_{student['class_path']}".replace("kdlit.models.", "")
-        == pair.stem
-    )
-    assert init_args(config, "model", "optimizer") | {"lr": 0.05, "momentum": 0.9, "weight_decay": 5e-4} == init_args(
-        config, "model", "optimizer"
-    )
+    assert teacher["init_args"]["model"]["class_path"] == f"kdlit.models.{row['teacher']}"
+    assert student["class_path"] == f"kdlit.models.{row['student']}"
+    assert Path(pair).stem == f"{row['teacher']}_{row['student']}"
+    recipe = {"lr": 0.01 if row["student"] in SMALL else 0.05, "momentum": 0.9, "weight_decay": 5e-4}
+    assert init_args(config, "model", "optimizer") | recipe == init_args(config, "model", "optimizer")
     assert init_args(config, "model", "lr_scheduler")["milestones"] == [150, 180, 210]
     assert config["trainer"]["max_epochs"] == 240
     assert init_args(config, "data")["batch_size"] == 64
@@ -47,7 +114,7 @@ def test_every_pair_goes_with_every_method(kdlit_cli, pair, method):
     assert init_args(config, "data")["std"] == [0.2675, 0.2565, 0.2761]
 
 
-def losses(kdlit_cli, method, pair=PAIRS[0]):
+def losses(kdlit_cli, method, pair=PAIR):
     config = resolved(kdlit_cli, "--config", pair, "--config", method)
     terms = init_args(config, "model")["losses"]
     return {name: term["init_args"] for name, term in terms.items()}
@@ -69,53 +136,53 @@ def test_dkd_has_the_values_of_its_paper(kdlit_cli, beta):
     assert terms["dkd"]["loss"]["init_args"] == {"alpha": 1.0, "beta": beta, "temperature": 4.0}
 
 
-def test_the_values_are_those_of_the_reference_tables(shared, kdlit_cli):
+def test_the_values_are_those_of_the_reference_tables(shared, parser):
     with (shared / "reference" / "hparams.csv").open() as file:
         rows = [row for row in csv.DictReader(file) if row["dataset"] == "cifar100" and row["source"] == "dkd"]
-    for pair in PAIRS:
-        teacher, student = (name.replace("_", "-") for name in _networks(pair))
+    printed = {(row["teacher"], row["student"]) for row in rows if row["method"] == "dkd" and row["student"] != "*"}
+    compared = set()
+    for cell in CELLS:
+        networks = (cell["teacher"].replace("_", "-"), cell["student"].replace("_", "-"))
+        if cell["method"] != "dkd" or networks not in printed:
+            continue
+        compared.add(networks)
         values = {
             row["param"]: float(row["value"])
             for row in rows
-            if (row["teacher"], row["student"], row["method"]) == (teacher, student, "dkd")
-            and row["param"] != "noise_ratio"
+            if (row["teacher"], row["student"], row["method"]) == (*networks, "dkd") and row["param"] != "noise_ratio"
         }
-        assert values, pair
-        beta = BETA[_networks(pair)[0]]
-        terms = losses(kdlit_cli, CONFIGS / "cifar100" / "methods" / f"dkd_beta{beta}.yaml", pair)
+        pair, method = files_of(cell)
+        assert method.endswith(f"dkd_beta{BETA[cell['teacher']]}.yaml")
+        config = parser.parse_args(["fit", "--config", pair, "--config", method]).as_dict()["fit"]
+        terms = {name: term["init_args"] for name, term in init_args(config, "model")["losses"].items()}
         ours = {**terms["dkd"]["loss"]["init_args"], "ce_weight": terms["ce"]["weight"]}
         assert ours | {"warmup_epochs": terms["dkd"]["warmup_epochs"]} == values
+    assert compared == printed
     kd = {row["param"]: float(row["value"]) for row in rows if row["method"] == "kd"}
     assert kd == {"ce_weight": 0.1, "kd_weight": 0.9}
 
 
-def _networks(pair):
-    student = "wrn_16_2" if pair.stem.endswith("wrn_16_2") else pair.stem.split("_")[-1]
-    return pair.stem.removesuffix(f"_{student}"), student
-
-
-@pytest.mark.parametrize("name", [name for pair in PAIRS for name in _networks(pair)])
-def test_every_network_of_a_pair_can_be_trained_plainly(kdlit_cli, name):
-    config = resolved(
-        kdlit_cli, "--config", CONFIGS / "cifar100" / "plain.yaml", f"--model.student=kdlit.models.{name}"
-    )
+@pytest.mark.parametrize("name", sorted({row[role] for row in CELLS for role in ("teacher", "student")}))
+def test_every_network_of_a_pair_can_be_trained_plainly(parser, name):
+    plain = str(CONFIGS / "cifar100" / "plain.yaml")
+    config = parser.parse_args(["fit", "--config", plain, f"--model.student=kdlit.models.{name}"]).as_dict()["fit"]
     assert init_args(config, "model")["student"]["class_path"] == f"kdlit.models.{name}"
     assert init_args(config, "model")["teacher"] is None
     assert list(init_args(config, "model")["losses"]) == ["ce"]
 
 
-@pytest.mark.parametrize("pair", PAIRS, ids=lambda path: path.stem)
-def test_a_cell_builds_with_a_published_teacher_file(monkeypatch, tmp_path, cifar_folder, pair):
-    """Everything is really built: networks, losses, optimizer and schedule; only the first step is not taken."""
+@pytest.mark.parametrize("row", cover(PAIRS), ids=lambda row: Path(row["config_pair"]).stem)
+def test_a_cell_builds_with_a_published_teacher_file(monkeypatch, tmp_path, cifar_folder, row):
+    """Everything is really built: networks, losses, optimizer and schedule, and one step is taken."""
     from kdlit import models
 
-    teacher, _ = _networks(pair)
-    torch.save({"model": getattr(models, teacher)(3).state_dict(), "epoch": 240}, tmp_path / "teacher.pth")
+    torch.save({"model": getattr(models, row["teacher"])(3).state_dict(), "epoch": 240}, tmp_path / "teacher.pth")
     monkeypatch.chdir(tmp_path)
+    pair, method = files_of(row)
     monkeypatch.setattr(
         "sys.argv",
         [
-            "kdlit", "fit", "--config", str(pair), "--config", str(CONFIGS / "cifar100/methods/dkd_beta8.yaml"),
+            "kdlit", "fit", "--config", pair, "--config", method,
             "--model.teacher.path=teacher.pth", "--model.teacher.model.num_classes=3", "--model.student.num_classes=3",
             f"--data.root={cifar_folder.parent}", "--data.verify=false", "--data.batch_size=4", "--data.eval_batch_size=4",
             "--trainer.fast_dev_run=1", "--trainer.accelerator=cpu",
@@ -123,7 +190,34 @@ def test_a_cell_builds_with_a_published_teacher_file(monkeypatch, tmp_path, cifa
     )  # fmt: skip
     cli = KdlitCLI()
     assert cli.trainer.global_step == 1
-    assert cli.trainer.optimizers[0].param_groups[0]["lr"] == 0.05
+    assert cli.trainer.optimizers[0].param_groups[0]["lr"] == (0.01 if row["student"] in SMALL else 0.05)
+
+
+@pytest.mark.parametrize(
+    ("pair", "method"), [("resnet34_resnet18", "mlkd_lr0.1"), ("resnet50_mobilenetv1", "nkd_clip5")]
+)
+def test_a_cell_of_imagenet_builds_and_takes_a_step(monkeypatch, tmp_path, pair, method):
+    for split in ("train", "val"):
+        for label in ("a", "b", "c"):
+            folder = tmp_path / "pictures" / split / label
+            folder.mkdir(parents=True)
+            Image.effect_noise((40, 30), 60).convert("RGB").save(folder / "one.png")
+    own = {"model": {"init_args": {"teacher": {"init_args": {"weights": None, "num_classes": 3}}}}}
+    (tmp_path / "untrained.yaml").write_text(yaml.safe_dump(own))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(
+        "sys.argv",
+        [
+            "kdlit", "fit", "--config", str(CONFIGS / f"imagenet/pairs/{pair}.yaml"),
+            "--config", str(CONFIGS / f"imagenet/methods/{method}.yaml"),
+            "--config", "untrained.yaml", "--model.student.num_classes=3",
+            "--data.root=pictures", "--data.batch_size=3", "--data.num_workers=0",
+            "--trainer.fast_dev_run=1", "--trainer.accelerator=cpu",
+        ],
+    )  # fmt: skip
+    cli = KdlitCLI()
+    assert cli.trainer.global_step == 1
+    assert cli.trainer.optimizers[0].param_groups[0]["lr"] == 0.1
 
 
 def test_quickstart_configs_build(kdlit_cli):
