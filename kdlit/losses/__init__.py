@@ -1,6 +1,7 @@
 """Distillation methods: a pure function on tensors and a loss class for each, and wrappers that vary any of them."""
 
 from kdlit.losses.base import DistillationLoss, LossWrapper, WeightedLoss
+from kdlit.losses.confidence import ConfidenceSelection
 from kdlit.losses.crld import CRLDLoss, crld_loss
 from kdlit.losses.cross_entropy import CrossEntropyLoss, cross_entropy_loss
 from kdlit.losses.ctkd import (
@@ -44,6 +45,7 @@ from kdlit.losses.wkd import WKDLoss, class_distance, wkd_loss
 __all__ = [
     "AutoBetaDKDLoss",
     "CRLDLoss",
+    "ConfidenceSelection",
     "CrossEntropyLoss",
     "DISTLoss",
     "DKDLoss",
