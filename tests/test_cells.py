@@ -507,7 +507,8 @@ def _is_the_line_of_dkd(variant, terms):
         temperature = float(variant.get("temperature", 4))
         chain, weight = terms["dkd"]
         half = {"top50%_teacher_confidence": "most", "bottom50%_teacher_confidence": "least"}
-        selection = chain.pop("ConfidenceSelection", {"keep": None, "share": 0.5, "num_samples": 50000})
+        selection = dict(chain.pop("ConfidenceSelection", {"keep": None, "share": 0.5, "num_samples": 50000}))
+        selection.pop("loss", None)
         assert selection == {"keep": half.get(variant.get("nckd_subset")), "share": 0.5, "num_samples": 50000}
         assert chain == {"DKDLoss": {"alpha": alpha, "beta": beta, "temperature": temperature}}
         assert (len(terms), weight) == (1, 1.0)

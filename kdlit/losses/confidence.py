@@ -1,9 +1,9 @@
 """Learning from the samples of which the teacher is most, or least, sure: Zhao et al., CVPR 2022, table 5.
 
 The paper ranks all training samples by the teacher's probability of the label and applies a loss to one half of them.
-Here the rank of a sample is that among the latest probabilities of all samples seen so far, so that no pass over the data
-comes first; from the second epoch on, all samples have been seen. Samples outside the chosen share get weight 0; the
-loss stays a mean over the whole batch, so that each sample inside counts as much as without the wrapper.
+Here the rank of a sample is that among the latest probabilities of all samples seen so far, so that no pass over the
+data comes first; from the second epoch on, all samples have been seen. Samples outside the chosen share get weight 0;
+the loss stays a mean over the whole batch, so that each sample inside counts as much as without the wrapper.
 """
 
 from __future__ import annotations
@@ -74,10 +74,8 @@ class ConfidenceSelection(LossWrapper):
         if "index" not in batch:
             raise ValueError("ConfidenceSelection needs index, the positions of the samples, but the batch has none")
         index = batch["index"]
-        if int(index.max()) >= len(self.confidence):
-            raise ValueError(
-                f"num_samples must be above every index, got {len(self.confidence)} and {int(index.max())}"
-            )
+        if (last := int(index.max())) >= len(self.confidence):
+            raise ValueError(f"num_samples must be above every index, got {len(self.confidence)} and {last}")
         super().on_train_batch_end(student, teacher, batch)
         self.confidence[index] = _target_probability(teacher, batch).to(self.confidence.dtype)
 
