@@ -162,26 +162,14 @@ class GlobalTemperature(LearnableTemperature):
 
     Args:
         loss: a loss with a temperature, or wrappers around one; its own temperature is not used.
-        t_start: lowest temperature, > 0.
-        t_end: width of the range, > 0; the name is the authors'.
-        decay_max: factor of the temperature's gradient before the first epoch.
-        decay_min: factor of the temperature's gradient from epoch ``decay_loops`` on; negative to reverse it.
-        decay_loops: over how many epochs the factor falls, > 0.
+        **kwargs: of :class:`LearnableTemperature`: the range of the temperature and the curriculum.
 
     Raises:
         ValueError: If the loss has no temperature, or a number is out of its range.
     """
 
-    def __init__(
-        self,
-        loss: DistillationLoss,
-        t_start: float = 1.0,
-        t_end: float = 20.0,
-        decay_max: float = 0.0,
-        decay_min: float = -1.0,
-        decay_loops: int = 10,
-    ) -> None:
-        super().__init__(loss, t_start, t_end, decay_max, decay_min, decay_loops)
+    def __init__(self, loss: DistillationLoss, **kwargs: Any) -> None:
+        super().__init__(loss, **kwargs)
         self.global_score = nn.Parameter(torch.ones(1))
 
     def score(self, student: ModelOutput, teacher: ModelOutput) -> Tensor:
@@ -197,28 +185,15 @@ class InstanceTemperature(LearnableTemperature):
 
     Args:
         loss: a loss with a temperature, or wrappers around one; its own temperature is not used.
-        t_start: lowest temperature, > 0.
-        t_end: width of the range, > 0; the name is the authors'.
-        decay_max: factor of the temperature's gradient before the first epoch.
-        decay_min: factor of the temperature's gradient from epoch ``decay_loops`` on; negative to reverse it.
-        decay_loops: over how many epochs the factor falls, > 0.
         hidden: width of the hidden layer, > 0.
+        **kwargs: of :class:`LearnableTemperature`: the range of the temperature and the curriculum.
 
     Raises:
         ValueError: If the loss has no temperature, or a number is out of its range.
     """
 
-    def __init__(
-        self,
-        loss: DistillationLoss,
-        t_start: float = 1.0,
-        t_end: float = 20.0,
-        decay_max: float = 0.0,
-        decay_min: float = -1.0,
-        decay_loops: int = 10,
-        hidden: int = 128,
-    ) -> None:
-        super().__init__(loss, t_start, t_end, decay_max, decay_min, decay_loops)
+    def __init__(self, loss: DistillationLoss, hidden: int = 128, **kwargs: Any) -> None:
+        super().__init__(loss, **kwargs)
         self.hidden = check_positive("hidden", hidden)
         self.predictor = nn.Sequential()
 
