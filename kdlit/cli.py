@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
@@ -12,6 +13,7 @@ from typing import Any, Literal, NoReturn
 
 import lightning as L
 import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.utilities import rank_zero_only
@@ -119,9 +121,16 @@ class KdlitCLI(LightningCLI):
         if config.ckpt_path == "last":
             config.ckpt_path = self._newest_last(Path(config.run_dir) if config.run_dir else _runs_of(configs, "last"))
         checkpoint = Path(config.ckpt_path).absolute() if config.ckpt_path else None
-        if checkpoint is not None and not checkpoint.is_file():
-            raise FileNotFoundError(f"--ckpt_path: there is no file {checkpoint}")
+        if checkpoint is not None:
+            _check_checkpoint(checkpoint)
+        elif self.subcommand != "fit":
+            print(
+                f"kdlit: warning: no --ckpt_path: {self.subcommand} takes the student as its config makes it, "
+                "untrained unless that loads weights",
+                file=sys.stderr,
+            )
         if config.run_dir:
+            _check_folder(Path(config.run_dir))
             self.run_dir = config.run_dir
             if self.subcommand == "fit" and checkpoint is None and (Path(self.run_dir) / "metrics.csv").exists():
                 raise FileExistsError(
@@ -176,9 +185,36 @@ class KdlitCLI(LightningCLI):
             **kwargs,
         )
 
+    def fit(self, **kwargs: Any) -> None:
+        """Train; a run that fails before its first checkpoint leaves no folder behind."""
+        run = Path(self.run_dir)
+        is_new = not run.exists()
+        try:
+            self.trainer.fit(**kwargs)
+        except BaseException:
+            if is_new and self.trainer.is_global_zero and not list(run.glob("checkpoints/*")):
+                for name in ("config.yaml", "metrics.csv"):
+                    (run / name).unlink(missing_ok=True)
+                for folder in (run / "checkpoints", run, run.parent, Path("runs")):
+                    with contextlib.suppress(OSError):  # it holds something else, or was never made
+                        folder.rmdir()
+            raise
+
     def after_fit(self) -> None:
-        """Show what was reached, once the progress bar is gone."""
+        """Measure the last epoch if its validation was skipped; show what was reached once the progress bar is gone."""
+        every = self.trainer.check_val_every_n_epoch or 1
+        measured = "val/top1" in self.trainer.callback_metrics and self.trainer.current_epoch % every == 0
+        if not measured and self._has_validation_data():
+            self.trainer.validate(self.model, self.datamodule, verbose=False)
         rank_zero_only(print_result)(self.trainer, self.run_dir)
+
+    def _has_validation_data(self) -> bool:
+        if self.config_init[self.subcommand].trainer.fast_dev_run or self.datamodule is None:
+            return False
+        try:
+            return bool(self.datamodule.val_dataloader())
+        except MisconfigurationException:  # a data module without that method
+            return False
 
     def after_validate(self) -> None:
         """Keep the figures."""
@@ -191,10 +227,37 @@ class KdlitCLI(LightningCLI):
     @rank_zero_only
     def _save_figures(self) -> None:
         figures = {name: float(value) for name, value in self.trainer.callback_metrics.items()}
-        result = {"checkpoint": self.config[self.subcommand].ckpt_path, **figures}
+        checkpoint = self.config[self.subcommand].ckpt_path
+        epochs = torch.load(checkpoint, weights_only=True, mmap=True)["epoch"] + 1 if checkpoint else None
+        result = {"checkpoint": checkpoint, "epochs": epochs, **figures}
         path = Path(self.run_dir) / f"{self.subcommand}.json"
-        write_whole(path, lambda file: file.write(json.dumps(result, indent=2).encode()))
+        write_whole(path, lambda file: file.write(f"{json.dumps(result, indent=2)}\n".encode()))
         print(f"Figures: {path}")
+
+
+def _check_checkpoint(path: Path) -> None:
+    """Refuse a file that is missing, broken or not a checkpoint of a run, before anything is built."""
+    if not path.is_file():
+        raise FileNotFoundError(f"--ckpt_path: there is no file {path}")
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except Exception as error:  # a broken file can raise almost anything
+        first_line = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise ValueError(f"--ckpt_path: {path} is not a whole checkpoint of plain data: {first_line}") from None
+    if not isinstance(content, dict) or "pytorch-lightning_version" not in content:
+        raise ValueError(
+            f"--ckpt_path: {path} is not a checkpoint of a run, such as checkpoints/last.ckpt in its folder; to start "
+            "from weights alone, let the config build the student by kdlit.models.from_checkpoint"
+        )
+
+
+def _check_folder(path: Path) -> None:
+    """Refuse a run folder that cannot be written to."""
+    existing = next(parent for parent in (path.absolute(), *path.absolute().parents) if parent.exists())
+    if not existing.is_dir():
+        raise NotADirectoryError(f"--run_dir: {existing} is a file, not a folder")
+    if not os.access(existing, os.W_OK | os.X_OK):
+        raise PermissionError(f"--run_dir: no permission to write in {existing}")
 
 
 def _runs_of(configs: list[Path], which: Literal["last", "new"]) -> Path:
@@ -220,8 +283,9 @@ def _new_run_dir(folder: Path) -> str:
 
 def main(args: list[str] | None = None) -> None:
     """Run the command line; mistakes of the user end in one clear message and exit status 2."""
-    if os.getcwd() not in sys.path:
-        sys.path.append(os.getcwd())  # a loss or network in a file beside the config can be named by class_path
+    # A loss or network in a file in the working directory or beside a config can be named by its class_path.
+    places = [Path.cwd(), *(path.absolute().parent for path in config_errors.config_files(sys.argv[1:]))]
+    sys.path += [place for place in dict.fromkeys(map(str, places)) if place not in sys.path]
     for noise in _NOISE:
         warnings.filterwarnings("ignore", f".*{noise}")
     tips = logging.getLogger("lightning.pytorch.utilities.rank_zero")
@@ -231,4 +295,5 @@ def main(args: list[str] | None = None) -> None:
     except Exception as error:
         if (message := config_errors.users_mistake(error)) is None or "KDLIT_TRACEBACK" in os.environ:
             raise
-        sys.exit(f"kdlit: error: {message}")
+        print(f"kdlit: error: {message}", file=sys.stderr)
+        sys.exit(2)

@@ -6,9 +6,12 @@ import difflib
 import importlib
 import inspect
 import re
+import traceback
 from argparse import ArgumentParser
 from collections.abc import Iterator
 from pathlib import Path
+
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 
 import kdlit
 
@@ -18,17 +21,24 @@ _CONTAINER = re.compile(r"Parser key \"(?P<key>.+)\":$|Problem with given class_
 
 
 def users_mistake(error: BaseException) -> str | None:
-    """Message of an error that kdlit itself raised about its input; None for any other error.
+    """Message of an error that kdlit, or Lightning about its settings, raised on purpose; None for any other error.
 
     The parser wraps what constructors raise in errors of its own, so the whole chain is searched, the outermost first.
     """
     link: BaseException | None = error
     while link is not None:
-        innermost = inspect.getinnerframes(link.__traceback__)[-1].filename if link.__traceback__ else ""
-        if isinstance(link, (ValueError, TypeError, OSError)) and innermost.startswith(_PACKAGE):
+        if isinstance(link, MisconfigurationException) or _raised_on_purpose(link):
             return str(link)
         link = link.__cause__ or (None if link.__suppress_context__ else link.__context__)
     return None
+
+
+def _raised_on_purpose(error: BaseException) -> bool:
+    """Whether a ``raise`` statement of kdlit made this error, not an operation that failed there."""
+    if not isinstance(error, (ValueError, TypeError, OSError)) or error.__traceback__ is None:
+        return False
+    innermost = traceback.extract_tb(error.__traceback__)[-1]
+    return innermost.filename.startswith(_PACKAGE) and (innermost.line or "").startswith("raise ")
 
 
 def explain(message: str, parser: ArgumentParser, arguments: list[str]) -> str:
@@ -46,13 +56,17 @@ def explain(message: str, parser: ArgumentParser, arguments: list[str]) -> str:
     if found := re.search(r"does not accept option '([^']+)'|unrecognized arguments: --([\w.]+)", leaf):
         name = found[1] or found[2]
         return f"unknown key {name!r}" + _place(name.split(".")[-1], arguments) + _close(name, _options(parser))
+    if "Expected a dot import path string: None" in leaf:
+        return f"{'.'.join(keys)}: nothing can be taken out on the command line; set the weight of a loss to 0 instead"
     if found := re.search(r"Expected a dot import path string: (\S+)", leaf):
         return f"unknown class {found[1]!r}" + _place(found[1], arguments) + _close(found[1], _class_names())
     if found := re.search(r"module '([^']+)' has no attribute '([^']+)'", leaf):
         names = dir(importlib.import_module(found[1]))
         return f"{found[1]} has no {found[2]!r}" + _place(found[2], arguments) + _close(found[2], names)
     if found := re.search(r"[\w./~-]+\.ya?ml", f"{class_path} {leaf}"):
-        return f"there is no file {found[0]!r}" + _place(found[0], arguments)
+        return f"there is no file {found[0]!r}, which is named" + _place(found[0], arguments)
+    if re.search(r"arguments are required: \w+\.(data|model)", leaf):
+        return f"{leaf}; name a config: --config FILE, such as the config.yaml of a run"
     return ": ".join([".".join(keys), leaf]) if keys else leaf
 
 
@@ -79,20 +93,22 @@ def _deepest_complaint(message: str) -> tuple[list[str], str, str]:
 
 def _close(name: str, candidates: list[str]) -> str:
     close = difflib.get_close_matches(name, candidates, n=3, cutoff=0.5)
+    if not close and len(candidates) > 12:
+        return ""
     return f"; did you mean {' or '.join(map(repr, close or sorted(candidates)))}?"
 
 
 def _place(name: str, arguments: list[str]) -> str:
     """Where a name stands: in which line of which config file, or on the command line."""
     word = re.compile(rf"(?<![\w]){re.escape(name)}(?![\w])")
-    for path in _config_files(arguments):
+    for path in config_files(arguments):
         for number, line in enumerate(path.read_text(encoding="utf-8", errors="replace").splitlines(), start=1):
             if word.search(line.split(" #")[0]):
                 return f" in {path}, line {number}"
     return " on the command line" if any(word.search(argument) for argument in arguments) else ""
 
 
-def _config_files(arguments: list[str]) -> Iterator[Path]:
+def config_files(arguments: list[str]) -> Iterator[Path]:
     """The config files named on the command line, and those that they name in turn."""
     text = "\n".join(arguments)
     queue = [Path(name) for name in re.findall(r"^(?:--config|-c)[=\n](.+)$", text, flags=re.MULTILINE)]

@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from test_configs import fit_parser, one_cell_for_each_file
 
 from kdlit import losses
 from kdlit.types import ModelOutput
+from tests.test_configs import fit_parser, one_cell_for_each_file
 
 ROOT = Path(__file__).parents[1]
 CONFIGS = ROOT / "configs"

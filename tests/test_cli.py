@@ -311,6 +311,126 @@ def test_wrappers_compose_from_yaml_alone_and_every_term_is_logged(project, kdli
     assert not [name for name in torch.load(project / "out" / "student.pt")["model"] if "score" in name]
 
 
+BAD_STEPS = {
+    "vector": ("logits).square().mean()", "logits).square()", "losses.own (OwnLoss) must return a scalar tensor, got shape (16, 5)"),
+    "number": ("return self.strength * (student.logits - teacher.logits).square().mean()", "return 1.0",
+               "losses.own (OwnLoss) must return a scalar tensor, got float"),
+    "nothing": ("return self.strength * ", "", "losses.own (OwnLoss) must return a scalar tensor, got NoneType"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("mistake", BAD_STEPS)
+def test_what_a_users_loss_gives_back_is_checked_and_a_failed_run_leaves_nothing(project, kdlit_cli, mistake):
+    before, after, expected = BAD_STEPS[mistake]
+    text = OWN.replace(before, after)
+    if mistake == "nothing":
+        text = text.replace(
+            "(student.logits - teacher.logits).square().mean()",
+            "(student.logits - teacher.logits)\n        return None",
+        )
+        text = text.replace("        (student", "        _ = (student")
+    (project / "own.py").write_text(text)
+    out = kdlit_cli("fit", "--config", "tiny.yaml", "--model.losses.own.loss.class_path=own.OwnLoss")
+    assert expected in out
+    assert not (project / "runs").exists()
+
+
+BAD_DATA = {
+    "float labels": ("b['target'].float()", "target must hold one integer class index"),
+    "labels out of range": ("b['target'] + 3", "target must lie in 0..4"),
+    "labels with an axis too many": (
+        "b['target'][:, None]",
+        "target must hold one integer class index for each of the",
+    ),
+}
+
+
+@pytest.mark.parametrize("mistake", BAD_DATA)
+def test_labels_of_a_users_data_are_checked(project, kdlit_cli, mistake):
+    expression, expected = BAD_DATA[mistake]
+    (project / "own.py").write_text(
+        OWN + f"\n\nclass BadData(OwnData):\n    collate = staticmethod(lambda b: (b['image'], {expression}))\n"
+    )
+    out = kdlit_cli("fit", "--config", "tiny.yaml", "--data=own.BadData")
+    assert f"kdlit: error: {expected}" in out
+
+
+def test_pictures_of_a_users_data_are_checked(project, kdlit_cli):
+    for expression, expected in (
+        ("b['image'].byte()", "image must be floating point of shape (batch, 3, height, width), got torch.uint8"),
+        ("b['image'][:, :1]", "got torch.float32 of shape"),
+        ("b['image'].double()", "image is float64, but the networks are float32"),
+    ):
+        sys.modules.pop("own", None)
+        (project / "own.py").write_text(
+            OWN + f"\n\nclass BadData(OwnData):\n    collate = staticmethod(lambda b: ({expression}, b['target']))\n"
+        )
+        assert expected in kdlit_cli("fit", "--config", "tiny.yaml", "--data=own.BadData")
+
+
+def test_a_part_of_the_batch_that_is_missing_is_named(project, kdlit_cli):
+    (project / "own.py").write_text(
+        OWN + "\n\nclass Unlabelled(OwnData):\n    collate = staticmethod(lambda b: {'image': b['image']})\n"
+    )
+    out = kdlit_cli("fit", "--config", "tiny.yaml", "--data=own.Unlabelled", "--data.val_size=0")
+    assert "losses.ce needs 'target' in the batch, which has only image" in out
+
+
+def test_a_file_beside_the_config_is_found_from_anywhere(project, kdlit_cli, tmp_path_factory, monkeypatch):
+    monkeypatch.setattr(sys, "path", [place for place in sys.path if place != str(project)])
+    monkeypatch.chdir(tmp_path_factory.mktemp("elsewhere"))
+    out = kdlit_cli("fit", "--config", project / "tiny.yaml", "--print_config")
+    assert "class_path: own.OwnData" in out, out
+
+
+def test_files_that_are_no_checkpoint_of_this_run_are_refused(project, kdlit_cli):
+    kdlit_cli("fit", "--config", "tiny.yaml", "--run_dir=here")
+    out = kdlit_cli("fit", "--config", "tiny.yaml", "--ckpt_path=here/student.pt")
+    assert "student.pt is not a checkpoint of a run, such as checkpoints/last.ckpt" in out
+    out = kdlit_cli("test", "--config", "tiny.yaml", "--model.student=own.OwnNet", "--model.student.width=9",
+                    "--ckpt_path=here/checkpoints/last.ckpt")  # fmt: skip
+    assert "the checkpoint is not of this student and these losses" in out
+    last = project / "here" / "checkpoints" / "last.ckpt"
+    last.write_bytes(last.read_bytes()[:5000])
+    out = kdlit_cli("fit", "--config", "tiny.yaml", "--run_dir=here", "--ckpt_path=last")
+    assert "last.ckpt is not a whole checkpoint of plain data" in out
+    assert "Traceback" not in out
+
+
+def test_run_folders_that_cannot_be_are_refused(project, kdlit_cli, request):
+    (project / "file").write_text("")
+    assert "--run_dir:" in (out := kdlit_cli("fit", "--config", "tiny.yaml", "--run_dir=file/x"))
+    assert "is a file, not a folder" in out
+    assert "monitor" in (out := kdlit_cli("fit", "--config", "tiny.yaml", "--checkpoint.monitor=val/acc"))
+    assert "Traceback" not in out
+
+
+def test_the_table_after_a_resume_is_of_the_last_epoch(project, kdlit_cli):
+    run = ("fit", "--config", "tiny.yaml", "--run_dir=here", "--ckpt_path=last", "--trainer.check_val_every_n_epoch=2")
+    kdlit_cli(*run)
+    for epochs in (3, 3):  # a resume that ends between validations, and one with nothing left to do
+        out = kdlit_cli(*run, f"--trainer.max_epochs={epochs}")
+        assert "after epoch 3" in out
+        assert "teacher" in out.split("after epoch 3")[1]
+        assert "student, distilled" in out
+    out = kdlit_cli("test", "--config", "here/config.yaml", "--ckpt_path=last")
+    assert json.loads((project / "here" / "test.json").read_text())["epochs"] == 3
+    assert "warning" in kdlit_cli("test", "--config", "tiny.yaml", "--run_dir=other")
+
+
+def test_without_epochs_no_file_is_promised(project, kdlit_cli):
+    out = kdlit_cli("fit", "--config", "tiny.yaml", "--trainer.max_epochs=0")
+    for line in out.splitlines():
+        if line.startswith(("Checkpoint:", "Student alone:")):
+            assert (project / line.split(": ")[1]).exists(), line
+
+
+def test_a_loss_cannot_be_taken_out_on_the_command_line(project, kdlit_cli):
+    assert "set the weight of a loss to 0 instead" in kdlit_cli(
+        "fit", "--config", "tiny.yaml", "--model.losses.ce=null"
+    )
+
+
 def test_evaluating_a_run_that_never_was_is_an_error(project, kdlit_cli):
     out = kdlit_cli("test", "--config", "tiny.yaml", "--ckpt_path=last")
     assert "no run in" in out

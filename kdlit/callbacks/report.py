@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import lightning as L
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities import rank_zero_only
@@ -67,5 +69,9 @@ def print_result(trainer: L.Trainer, run_dir: str) -> None:
     console = Console()
     if table.row_count:
         console.print(table)
-    console.print(f"Checkpoint: {run_dir}/checkpoints/last.ckpt", soft_wrap=True)
-    console.print(f"Student alone: {run_dir}/student.pt", soft_wrap=True)
+    elif Path(f"{run_dir}/config.yaml").exists():
+        console.print("No validation pictures were held out. To measure the last epoch on the test pictures:")
+        console.print(f"  kdlit test --config {run_dir}/config.yaml --ckpt_path=last", soft_wrap=True)
+    for what, path in (("Checkpoint", f"{run_dir}/checkpoints/last.ckpt"), ("Student alone", f"{run_dir}/student.pt")):
+        if Path(path).exists():
+            console.print(f"{what}: {path}", soft_wrap=True)

@@ -34,7 +34,7 @@ class DistillationModule(L.LightningModule):
 
     Args:
         student: network to train; its forward takes pictures and returns logits.
-        losses: terms of the objective by name; a bare loss counts with weight 1, null removes a term.
+        losses: terms of the objective by name; a bare loss counts with weight 1, null stands for no term.
         teacher: frozen network with as many classes as the student, or null.
         optimizer: makes the optimizer from the parameters of student and losses.
         lr_scheduler: makes the learning-rate schedule from the optimizer, stepped once an epoch.
@@ -69,6 +69,7 @@ class DistillationModule(L.LightningModule):
 
         if teacher is not None and {id(p) for p in student.parameters()} & {id(p) for p in teacher.parameters()}:
             raise ValueError("student and teacher share parameters; give the teacher its own copy (copy.deepcopy)")
+        self._channels = input_size[0]
         example = torch.zeros(1, *input_size)
         terms = self._terms()
         for name, term in terms.items():
@@ -127,6 +128,7 @@ class DistillationModule(L.LightningModule):
             return self._run("teacher", self.teacher, batch, self._teacher_tap)
 
     def _run(self, role: str, model: nn.Module, batch: Batch, tap: FeatureTap) -> ModelOutput:
+        self._check_image(batch["image"])
         logits = logits_of(model(batch["image"]), role)
         output = ModelOutput(widened(logits), {path: widened(value) for path, value in tap.take().items()})
         if self.training and any(term.needs_strong_view for term in self._terms().values()):
@@ -139,6 +141,15 @@ class DistillationModule(L.LightningModule):
             tap.forget()
         return output
 
+    def _check_image(self, image: Tensor) -> None:
+        if image.ndim != 4 or image.shape[1] != self._channels or not image.is_floating_point():
+            raise ValueError(
+                f"image must be floating point of shape (batch, {self._channels}, height, width), got {image.dtype} of "
+                f"shape {tuple(image.shape)}"
+            )
+        if image.dtype == torch.float64 != self.dtype:
+            raise ValueError("image is float64, but the networks are float32: let the data give image.float()")
+
     # Training
 
     def training_step(self, batch: Any, batch_idx: int) -> dict[str, Any]:
@@ -149,7 +160,7 @@ class DistillationModule(L.LightningModule):
         logged = {}
         with torch.autocast(student.logits.device.type, enabled=False):
             for name, term in self._terms().items():
-                value = term.loss(student, teacher, batch)
+                value = run_loss(name, term, student, teacher, batch)
                 objective = objective + term.factor * value
                 logged[f"train/loss/{name}"] = value.detach()
         self.log("loss", objective.detach(), prog_bar=True, logger=False)
@@ -180,11 +191,14 @@ class DistillationModule(L.LightningModule):
         trainable = [p for name, p in self.named_parameters() if p.requires_grad and not name.startswith("teacher.")]
         if not trainable:
             raise ValueError("the student has no trainable parameter; all have requires_grad=False")
-        optimizer = self.optimizer(trainable)
+        try:
+            optimizer = self.optimizer(trainable)
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"the optimizer cannot be built: {error}") from error
         if self.lr_scheduler is None:
             return optimizer
         scheduler = self.lr_scheduler(optimizer)
-        monitor = getattr(scheduler, "monitor", "val/loss")  # read by ReduceLROnPlateau alone
+        monitor = getattr(scheduler, "monitor", "val/cross_entropy")  # read by ReduceLROnPlateau alone
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "monitor": monitor}}
 
     # Teacher hygiene
@@ -202,9 +216,25 @@ class DistillationModule(L.LightningModule):
         checkpoint["state_dict"] = {name: value for name, value in state.items() if not name.startswith("teacher.")}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Put the teacher's own weights in, so that loading stays strict."""
+        """Put the teacher's own weights in, so that loading stays strict.
+
+        Raises:
+            ValueError: If the checkpoint is of another student or of other losses.
+        """
+        saved, own = checkpoint["state_dict"], self.state_dict()
         if self.teacher is not None:
-            checkpoint["state_dict"].update(self.teacher.state_dict(prefix="teacher."))
+            saved.update(self.teacher.state_dict(prefix="teacher."))
+        problems = {
+            "missing": [name for name in own if name not in saved],
+            "unexpected": [name for name in saved if name not in own],
+            "of another shape": [name for name in own if name in saved and saved[name].shape != own[name].shape],
+        }
+        lists = [f"{len(names)} {kind} ({', '.join(names[:3])}, ...)" for kind, names in problems.items() if names]
+        if lists:
+            raise ValueError(
+                f"the checkpoint is not of this student and these losses: {'; '.join(lists)}; use the config.yaml "
+                "beside it"
+            )
 
     def setup(self, stage: str) -> None:
         """Refuse a data set with other classes than the networks have."""
@@ -251,14 +281,37 @@ def logits_of(output: object, role: str) -> Tensor:
 
 
 def as_batch(batch: Any) -> Batch:
-    """Name the parts of a batch: ``(image, target)`` and ``(image, target, index)`` become a dictionary.
+    """Name the parts of a batch: a tensor, ``(image,)``, ``(image, target)`` or ``(image, target, index)``.
 
     Raises:
-        TypeError: If the batch is neither such a tuple nor a dictionary with the key ``image``.
+        TypeError: If the batch is neither one of these nor a dictionary with the key ``image``.
     """
+    if isinstance(batch, Tensor):
+        batch = (batch,)
     if isinstance(batch, Mapping) and "image" in batch:
         return cast("Batch", batch)
-    if isinstance(batch, (tuple, list)) and len(batch) in (2, 3):
+    if isinstance(batch, (tuple, list)) and len(batch) in (1, 2, 3):
         return cast("Batch", dict(zip(("image", "target", "index"), batch, strict=False)))
     got = sorted(batch) if isinstance(batch, Mapping) else type(batch).__name__
-    raise TypeError(f"a batch must be (image, target), (image, target, index) or a dictionary with 'image', got {got}")
+    raise TypeError(
+        f"a batch must be image, (image, target), (image, target, index) or a dictionary with 'image', got {got}"
+    )
+
+
+def run_loss(name: str, term: WeightedLoss, student: ModelOutput, teacher: ModelOutput, batch: Batch) -> Tensor:
+    """Return the raw value of one term.
+
+    Raises:
+        TypeError: If it is not a tensor of one number.
+        ValueError: If the loss needs a part of the batch that is not there.
+    """
+    try:
+        value = term.loss(student, teacher, batch)
+    except KeyError as error:
+        if error.args and error.args[0] in Batch.__annotations__ and error.args[0] not in batch:
+            raise ValueError(f"losses.{name} needs {error} in the batch, which has only {', '.join(batch)}") from error
+        raise
+    if not isinstance(value, Tensor) or value.numel() != 1:
+        got = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else f"{type(value).__name__}"
+        raise TypeError(f"losses.{name} ({type(term.loss).__name__}) must return a scalar tensor, got {got}")
+    return value.reshape(())

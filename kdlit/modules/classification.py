@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torchmetrics.classification import MulticlassAccuracy
 
-from kdlit.losses.functional import widened
+from kdlit.losses.functional import check_target, widened
 from kdlit.modules.base import DistillationModule, as_batch
 from kdlit.types import Batch, ModelOutput
 
@@ -17,7 +17,7 @@ class ClassificationDistillation(DistillationModule):
     """Distils an image classifier, and says how good student and teacher are and how often they agree.
 
     Logged, all as fractions of 1 but the losses: ``train/top1``; for ``val`` and ``test``, over the whole split,
-    ``loss`` (cross-entropy), ``top1``, ``top5`` and, with a teacher, ``teacher_top1`` and ``agreement`` (share of
+    ``cross_entropy``, ``top1``, ``top5`` and, with a teacher, ``teacher_top1`` and ``agreement`` (share of
     pictures for which both networks name the same class). With fewer than five classes ``top5`` counts them all.
     """
 
@@ -42,7 +42,8 @@ class ClassificationDistillation(DistillationModule):
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Count the student's hits on the training pictures, after the losses had their turn."""
         super().on_train_batch_end(outputs, batch, batch_idx)
-        self._measure("train", "top1", outputs["student"].logits, outputs["batch"]["target"])
+        if "target" in outputs["batch"]:
+            self._measure("train", "top1", outputs["student"].logits, outputs["batch"]["target"])
 
     def validation_step(self, batch: Any, batch_idx: int) -> None:
         """Measure student and teacher on validation pictures."""
@@ -53,9 +54,14 @@ class ClassificationDistillation(DistillationModule):
         self._evaluate("test", as_batch(batch))
 
     def _evaluate(self, stage: str, batch: Batch) -> None:
-        student, target = ModelOutput(widened(self(batch["image"]))), batch["target"]
+        if "target" not in batch:
+            raise ValueError(f"to measure accuracy a batch must have target, but it has only {', '.join(batch)}")
+        self._check_image(batch["image"])
+        student = ModelOutput(widened(self(batch["image"])))
+        check_target(batch["target"], student.logits)
+        target = batch["target"].long()
         loss = F.cross_entropy(student.logits, target)
-        self.log(f"{stage}/loss", loss, on_epoch=True, sync_dist=True, batch_size=len(target))
+        self.log(f"{stage}/cross_entropy", loss, on_epoch=True, sync_dist=True, batch_size=len(target))
         self._measure(stage, "top1", student.logits, target)
         self._measure(stage, "top5", student.logits, target)
         if self.teacher is not None:

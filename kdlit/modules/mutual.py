@@ -14,7 +14,7 @@ from torchmetrics.classification import MulticlassAccuracy
 from kdlit.losses import CrossEntropyLoss, DistillationLoss, DMLLoss, WeightedLoss
 from kdlit.losses.functional import widened
 from kdlit.models.features import FeatureTap
-from kdlit.modules.base import as_batch, default_optimizer, logits_of, weighted_terms
+from kdlit.modules.base import as_batch, default_optimizer, logits_of, run_loss, weighted_terms
 from kdlit.modules.classification import ClassificationDistillation
 from kdlit.types import Batch, ModelOutput
 
@@ -38,7 +38,7 @@ class MutualLearning(ClassificationDistillation):
 
     Logged: ``train/loss`` (the sum), ``train/loss/NAME`` (one student's objective), ``train/loss/NAME/TERM`` and
     ``train/loss/NAME/TERM/PEER`` (without weights); ``train/NAME/top1``, ``val/NAME/top1`` and ``test/NAME/top1`` of
-    every student; ``loss``, ``top1`` and ``top5`` of the first as in :class:`ClassificationDistillation`.
+    every student; ``cross_entropy``, ``top1`` and ``top5`` of the first as in :class:`ClassificationDistillation`.
 
     Args:
         students: networks for the same classes, at least two, by name or as a list; a list names them 0, 1, ...
@@ -121,7 +121,7 @@ class MutualLearning(ClassificationDistillation):
         with torch.autocast(device.type, enabled=False):
             for path, term in self._terms().items():
                 name, peer = self._pairs[path]
-                value = term.loss(outputs[name], detached.get(peer), batch)
+                value = run_loss(path, term, outputs[name], cast("ModelOutput", detached.get(peer)), batch)
                 objectives[name] = objectives[name] + term.factor * value / (len(self.peers) if peer else 1)
                 logged[f"train/loss/{path}"] = value.detach()
         objective = torch.stack(list(objectives.values())).sum()
@@ -137,8 +137,9 @@ class MutualLearning(ClassificationDistillation):
         for path, term in self._terms().items():
             name, peer = self._pairs[path]
             term.on_train_batch_end(students[name], cast("ModelOutput", students.get(peer)), outputs["batch"])
-        self._measure("train", "top1", students[self.names[0]].logits, outputs["batch"]["target"])
-        self._measure_others("train", students, outputs["batch"])
+        if "target" in outputs["batch"]:
+            self._measure("train", "top1", students[self.names[0]].logits, outputs["batch"]["target"])
+            self._measure_others("train", students, outputs["batch"])
 
     def _evaluate(self, stage: str, batch: Batch) -> None:
         super()._evaluate(stage, batch)

@@ -9,11 +9,11 @@ from typing import Any
 
 import pytest
 import torch
-from methods import METHODS, Loss
 from torch import nn
 
 from kdlit import losses
 from kdlit.types import Batch, ModelOutput
+from tests.losses.methods import METHODS, Loss
 
 LABELLED = {"dkd", "tckd", "nckd", "nkd", "rld", "rld_g", "la", "rc", "lr", "wkd", "lskd_dkd", "lskd_rld"}
 LABELLED |= {"cross_entropy", "teacher_right_ce"}

@@ -9,11 +9,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from methods import METHODS, Loss
 from torch import Tensor
 
 from kdlit import losses
 from kdlit.losses.functional import binary_kl_divergence, target_gap, target_mask
+from tests.losses.methods import METHODS, Loss
 
 settings.register_profile("losses", max_examples=25, deadline=None, derandomize=True)
 settings.load_profile("losses")

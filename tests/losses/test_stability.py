@@ -6,10 +6,10 @@ from itertools import product
 
 import pytest
 import torch
-from methods import METHODS, Loss
 from torch import Tensor
 
 from kdlit import losses
+from tests.losses.methods import METHODS, Loss
 
 EVERY = pytest.mark.parametrize("loss", [pytest.param(method.loss, id=name) for name, method in METHODS.items()])
 
