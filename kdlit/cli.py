@@ -39,6 +39,10 @@ _NOISE = (
 class _Parser(LightningArgumentParser):
     """Says what is wrong with a config in one or two lines instead of the parser's nested report."""
 
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.allow_abbrev = False  # a misspelled option is a mistake on the command line as it is in a file
+
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         if not self.exit_on_error:  # an inner parser, whose complaint becomes part of the outer one's
             super().error(message, ex)

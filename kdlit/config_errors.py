@@ -65,6 +65,8 @@ def explain(message: str, parser: ArgumentParser, arguments: list[str]) -> str:
         return f"{found[1]} has no {found[2]!r}" + _place(found[2], arguments) + _close(found[2], names)
     if found := re.search(r"[\w./~-]+\.ya?ml", f"{class_path} {leaf}"):
         return f"there is no file {found[0]!r}, which is named" + _place(found[0], arguments)
+    if leaf.endswith("arguments are required: loss"):
+        return f"{'.'.join(keys)}: a term has no loss; is its name misspelled? A new one is --model.losses.NAME.loss=KDLoss"
     if re.search(r"arguments are required: \w+\.(data|model)", leaf):
         return f"{leaf}; name a config: --config FILE, such as the config.yaml of a run"
     return ": ".join([".".join(keys), leaf]) if keys else leaf
@@ -142,6 +144,7 @@ def _options(parser: ArgumentParser) -> list[str]:
 
 
 def _class_names() -> list[str]:
-    """Classes and builders of kdlit, which can be named without a path."""
-    rooms = ("losses", "models", "modules", "data", "callbacks")
-    return [name for room in rooms for name in importlib.import_module(f"kdlit.{room}").__all__]
+    """Classes and builders that are likely to be meant."""
+    rooms = [f"kdlit.{room}" for room in ("losses", "models", "modules", "data", "callbacks")]
+    rooms += ["lightning.pytorch.loggers", "lightning.pytorch.callbacks"]
+    return [name for room in rooms for name in importlib.import_module(room).__all__]

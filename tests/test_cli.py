@@ -227,6 +227,10 @@ MISTAKES = {
         None, ("--model.losses.kd.loss=DKDD",), ["unknown class 'DKDD' on the command line", "'DKDLoss'"]),
     "misspelled value on the command line": (
         None, ("--model.losses.kd.loss.temprature=3",), ["unknown key 'temprature' of kdlit.losses.KDLoss", "'temperature'"]),
+    "misspelled trainer key on the command line": (
+        None, ("--trainer.max_epoch=3",), ["unknown key 'trainer.max_epoch' on the command line", "'trainer.max_epochs'"]),
+    "misspelled term": (None, ("--model.losses.kdd.weight=2",), ["a term has no loss; is its name misspelled?"]),
+    "misspelled logger": (None, ("--trainer.logger=WandbLoger",), ["unknown class 'WandbLoger'", "'WandbLogger'"]),
     "option that does not exist": (None, ("--modle.x=1",), ["unknown key 'modle.x' on the command line"]),
     "name missing in a module": (
         ("own.own_builder", "torchvision.models.resnet19"), (),
