@@ -66,7 +66,10 @@ def explain(message: str, parser: ArgumentParser, arguments: list[str]) -> str:
     if found := re.search(r"[\w./~-]+\.ya?ml", f"{class_path} {leaf}"):
         return f"there is no file {found[0]!r}, which is named" + _place(found[0], arguments)
     if leaf.endswith("arguments are required: loss"):
-        return f"{'.'.join(keys)}: a term has no loss; is its name misspelled? A new one is --model.losses.NAME.loss=KDLoss"
+        return (
+            f"{'.'.join(keys)}: a term has no loss; is its name misspelled? A new one is made by "
+            "--model.losses.NAME.loss=KDLoss"
+        )
     if re.search(r"arguments are required: \w+\.(data|model)", leaf):
         return f"{leaf}; name a config: --config FILE, such as the config.yaml of a run"
     return ": ".join([".".join(keys), leaf]) if keys else leaf
