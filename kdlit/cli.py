@@ -192,15 +192,15 @@ class KdlitCLI(LightningCLI):
     def fit(self, **kwargs: Any) -> None:
         """Train; a run that fails before its first checkpoint leaves no folder behind."""
         run = Path(self.run_dir)
-        is_new = not run.exists()
+        made = [folder for folder in (run / "checkpoints", run, *run.parents) if not folder.exists()]
         try:
             self.trainer.fit(**kwargs)
         except BaseException:
-            if is_new and self.trainer.is_global_zero and not list(run.glob("checkpoints/*")):
+            if run in made and self.trainer.is_global_zero and not list(run.glob("checkpoints/*")):
                 for name in ("config.yaml", "metrics.csv"):
                     (run / name).unlink(missing_ok=True)
-                for folder in (run / "checkpoints", run, run.parent, Path("runs")):
-                    with contextlib.suppress(OSError):  # it holds something else, or was never made
+                for folder in made:
+                    with contextlib.suppress(OSError):  # it holds something else by now, or was never made
                         folder.rmdir()
             raise
 
