@@ -112,6 +112,41 @@ class LossWrapper(DistillationLoss):
         self.loss.on_train_batch_end(*self.inputs(student, teacher, batch))
 
 
+class SampleWeighting(LossWrapper):
+    """A wrapper that decides how much each sample counts: override :meth:`weigh`.
+
+    Weights that the batch already has are multiplied by these.
+
+    Args:
+        loss: a loss that reads sample weights, or wrappers around one.
+
+    Raises:
+        ValueError: If the loss does not read sample weights.
+    """
+
+    def __init__(self, loss: DistillationLoss) -> None:
+        super().__init__(loss)
+        if not loss.reads_sample_weight:
+            raise ValueError(
+                f"loss must read sample weights, got {type(self.innermost).__name__}, which is no mean over samples"
+            )
+        self.needs_teacher = True
+
+    @abstractmethod
+    def weigh(self, student: ModelOutput, teacher: ModelOutput, batch: Batch) -> Tensor:
+        """Return the weight of each sample, >= 0, shape ``(B,)``."""
+        raise NotImplementedError
+
+    def inputs(
+        self, student: ModelOutput, teacher: ModelOutput, batch: Batch
+    ) -> tuple[ModelOutput, ModelOutput, Batch]:
+        """The batch with the weights in it; the outputs as they are."""
+        weight = self.weigh(student, teacher, batch)
+        weighted = batch.copy()
+        weighted["sample_weight"] = weight * batch["sample_weight"] if "sample_weight" in batch else weight
+        return student, teacher, weighted
+
+
 class WeightedLoss(LossWrapper):
     """A loss and how much it counts: ``weight * min((epoch + 1) / warmup_epochs, 1) * loss``, epochs from 0.
 

@@ -13,12 +13,12 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from kdlit.losses.base import DistillationLoss, LossWrapper
+from kdlit.losses.base import DistillationLoss, SampleWeighting
 from kdlit.losses.functional import check_one_of, check_positive
 from kdlit.types import Batch, ModelOutput
 
 
-class ConfidenceSelection(LossWrapper):
+class ConfidenceSelection(SampleWeighting):
     """Applies the wrapped loss to a share of the samples, chosen by the teacher's probability of their label.
 
     The batch must have ``index``, the position of each sample in the training data, as all data modules here give it.
@@ -43,31 +43,21 @@ class ConfidenceSelection(LossWrapper):
         num_samples: int = 50000,
     ) -> None:
         super().__init__(loss)
-        if not loss.reads_sample_weight:
-            raise ValueError(
-                f"loss must read sample weights, got {type(self.innermost).__name__}, which is no mean over samples"
-            )
         if not check_positive("share", share) <= 1:
             raise ValueError(f"share must lie in (0, 1], got {share!r}")
         check_one_of("keep", keep, ("most", "least"))
         self.keep = keep
         self.share = share
-        self.needs_teacher = True
         self.register_buffer("confidence", torch.full((int(check_positive("num_samples", num_samples)),), torch.nan))
 
-    def inputs(
-        self, student: ModelOutput, teacher: ModelOutput, batch: Batch
-    ) -> tuple[ModelOutput, ModelOutput, Batch]:
-        """The batch with weight 1 for samples inside the share and 0 for those outside; the outputs as they are."""
+    def weigh(self, student: ModelOutput, teacher: ModelOutput, batch: Batch) -> Tensor:
+        """Return 1 for samples inside the share and 0 for those outside."""
         confidence = _target_probability(teacher, batch)
         known = torch.cat([self.confidence, confidence])  # the batch itself counts before it has been remembered
         known = known[~known.isnan()]
         bound = known.quantile(1 - self.share if self.keep == "most" else self.share)
         inside = confidence >= bound if self.keep == "most" else confidence <= bound
-        weighted = batch.copy()
-        weight = inside.to(confidence.dtype)
-        weighted["sample_weight"] = weight * batch["sample_weight"] if "sample_weight" in batch else weight
-        return student, teacher, weighted
+        return inside.to(confidence.dtype)
 
     def on_train_batch_end(self, student: ModelOutput, teacher: ModelOutput, batch: Batch) -> None:
         """Remember the teacher's probabilities of this batch, then tell the wrapped loss."""

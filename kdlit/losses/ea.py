@@ -12,7 +12,7 @@ import math
 import torch
 from torch import Tensor
 
-from kdlit.losses.base import DistillationLoss, LossWrapper
+from kdlit.losses.base import DistillationLoss, SampleWeighting
 from kdlit.losses.functional import check_logits, check_positive, full_precision
 from kdlit.losses.renyi import renyi_entropy
 from kdlit.types import Batch, ModelOutput
@@ -49,7 +49,7 @@ def entropy_weight(student_logits: Tensor, teacher_logits: Tensor, *, temperatur
     return 0.5 * teacher * (1 + student / math.log(student_logits.shape[1]))
 
 
-class EntropyWeighting(LossWrapper):
+class EntropyWeighting(SampleWeighting):
     """Weighs each sample of the wrapped loss by :func:`entropy_weight` (Su et al. 2023).
 
     Weights that the batch already has are multiplied by these.
@@ -64,18 +64,8 @@ class EntropyWeighting(LossWrapper):
 
     def __init__(self, loss: DistillationLoss, entropy_temperature: float = 3.0) -> None:
         super().__init__(loss)
-        if not loss.reads_sample_weight:
-            raise ValueError(
-                f"loss must read sample weights, got {type(self.innermost).__name__}, which is no mean over samples"
-            )
         self.entropy_temperature = check_positive("entropy_temperature", entropy_temperature)
-        self.needs_teacher = True
 
-    def inputs(
-        self, student: ModelOutput, teacher: ModelOutput, batch: Batch
-    ) -> tuple[ModelOutput, ModelOutput, Batch]:
-        """The batch with the weights in it; the outputs as they are."""
-        weight = entropy_weight(student.logits, teacher.logits, temperature=self.entropy_temperature)
-        weighted = batch.copy()
-        weighted["sample_weight"] = weight * batch["sample_weight"] if "sample_weight" in batch else weight
-        return student, teacher, weighted
+    def weigh(self, student: ModelOutput, teacher: ModelOutput, batch: Batch) -> Tensor:
+        """Return :func:`entropy_weight` of the batch."""
+        return entropy_weight(student.logits, teacher.logits, temperature=self.entropy_temperature)
