@@ -7,6 +7,7 @@ import sys
 USAGE = """\
 usage: kdlit {fit,validate,test,predict} --config FILE [--config FILE ...] [--NAME.SUBNAME=VALUE ...]
        kdlit chain --config FILE [--run_dir FOLDER]
+       kdlit models [NAME]
 
 Knowledge distillation of vision models.
 
@@ -16,6 +17,7 @@ commands:
   test       measure a checkpoint on the test pictures
   predict    write the predicted classes of the test pictures to predictions.csv
   chain      train the links of a chain file in turn, each with an earlier one as its teacher; resumes by itself
+  models     list the networks: parameters, multiply-adds, feature layers, published accuracy
 
 common options:
   --config FILE             config in YAML; later ones override earlier ones
@@ -42,6 +44,10 @@ def main() -> None:
         from kdlit.chain import main as run_chain
 
         run_chain(arguments[1:])
+    elif arguments[0] == "models":
+        from kdlit.zoo import main as list_models
+
+        list_models(arguments[1:])
     else:
         from kdlit.cli import main as run
 

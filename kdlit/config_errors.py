@@ -35,7 +35,7 @@ def users_mistake(error: BaseException) -> str | None:
 
 def _raised_on_purpose(error: BaseException) -> bool:
     """Whether a ``raise`` statement of kdlit made this error, not an operation that failed there."""
-    if not isinstance(error, (ValueError, TypeError, OSError)) or error.__traceback__ is None:
+    if not isinstance(error, (ValueError, TypeError, OSError, ImportError)) or error.__traceback__ is None:
         return False
     innermost = traceback.extract_tb(error.__traceback__)[-1]
     return innermost.filename.startswith(_PACKAGE) and (innermost.line or "").startswith("raise ")

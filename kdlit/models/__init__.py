@@ -1,6 +1,7 @@
 """Networks without training logic, and the weights of others for them.
 
 ``resnet18`` to ``resnet152`` are the forms for small images; the ImageNet forms are torchvision's.
+``kdlit models`` lists them all.
 """
 
 from kdlit.models.checkpoint import CheckpointError, from_checkpoint
@@ -8,6 +9,7 @@ from kdlit.models.digits import digit_pairs_teacher
 from kdlit.models.features import FeatureTap, feature_shapes
 from kdlit.models.mobilenetv1 import MobileNetV1, mobilenetv1
 from kdlit.models.mobilenetv2 import MobileNetV2, MobileNetV2TinyImageNet, mobilenetv2, mobilenetv2_tinyimagenet
+from kdlit.models.pvt import PVT, pvt_tiny
 from kdlit.models.resnet import (
     ResNet,
     resnet8,
@@ -22,7 +24,9 @@ from kdlit.models.resnet import (
 )
 from kdlit.models.resnet_four_stage import FourStageResNet, resnet18, resnet34, resnet50, resnet101, resnet152
 from kdlit.models.shufflenet import ShuffleNetV1, ShuffleNetV2, shufflenetv1, shufflenetv2
+from kdlit.models.t2t import T2TViT, t2t_vit_7
 from kdlit.models.vgg import VGG, vgg8, vgg11, vgg13, vgg16, vgg19
+from kdlit.models.vit import deit3_small, deit_tiny, deit_tiny_distilled, pit_tiny
 from kdlit.models.wrn import (
     WideResNet,
     wrn_16_1,
@@ -35,6 +39,7 @@ from kdlit.models.wrn import (
 )
 
 __all__ = [
+    "PVT",
     "VGG",
     "CheckpointError",
     "FeatureTap",
@@ -45,13 +50,19 @@ __all__ = [
     "ResNet",
     "ShuffleNetV1",
     "ShuffleNetV2",
+    "T2TViT",
     "WideResNet",
+    "deit3_small",
+    "deit_tiny",
+    "deit_tiny_distilled",
     "digit_pairs_teacher",
     "feature_shapes",
     "from_checkpoint",
     "mobilenetv1",
     "mobilenetv2",
     "mobilenetv2_tinyimagenet",
+    "pit_tiny",
+    "pvt_tiny",
     "resnet8",
     "resnet8x4",
     "resnet14",
@@ -68,6 +79,7 @@ __all__ = [
     "resnet152",
     "shufflenetv1",
     "shufflenetv2",
+    "t2t_vit_7",
     "vgg8",
     "vgg11",
     "vgg13",

@@ -8,7 +8,8 @@ are removed, in any order and depth, until names meet the network's own. Where n
 ``teacher.``, one side is taken and everything else (losses, projectors) left out.
 
 What names are understood: the network's own; those of pytorchcv, pycls, mmpretrain and weiaicunzai for a CIFAR ResNet;
-``linear`` for ``fc`` and ``shortcut`` for ``downsample``, and the reverse, where the network has the other one.
+those of tiny-transformers for DeiT and PiT; ``linear`` for ``fc``, ``shortcut`` for ``downsample`` and the like, and
+the reverse, where the network has the other one.
 
 What may lie beside the weights: whatever torch.load takes with ``weights_only=True``, ``argparse.Namespace`` and NumPy
 scalars. Of the latter, nothing is built: NumPy never sees what the file says.
@@ -74,11 +75,22 @@ RENAMINGS = (
         )
         for index, layer in ((0, "conv1"), (1, "bn1"), (3, "conv2"), (4, "bn2"), (6, "conv3"), (7, "bn3"))
     ),
+    # tiny-transformers; ours is timm's DeiT and PiT
+    (r"layers\.(?P<i>\d+)\.(?=norm|attn|mlp)", "blocks.{i}."),
+    (r"pools\.0\.", "transformers.1.pool."),
+    (r"pools\.1\.", "transformers.2.pool."),
     # pycls and mmpretrain; the latter's backbone prefix is not on the head
     (r"head\.fc\.", "fc."),
     (r"backbone\.", ""),
 )
-SYNONYMS = (("fc", "linear"), ("downsample", "shortcut"))  # a network uses one of each pair, or neither
+SYNONYMS = (  # a network uses one of each pair, or neither
+    ("fc", "linear"),
+    ("downsample", "shortcut"),
+    ("qkv", "qkv_transform"),
+    ("proj", "projection"),
+    ("dist_token", "distill_token"),
+    ("head_dist", "distill_head"),
+)
 
 # Networks that are easily taken for ours: a name of ours, a pattern of theirs, what theirs are, what to do.
 IMPOSTORS = (
