@@ -17,6 +17,8 @@ class Batch(TypedDict):
         target: labels, int64, shape ``(B,)``; absent when predicting on unlabelled pictures.
         index: positions of the samples in the data set, int64, shape ``(B,)``; only for losses with a memory.
         image_strong: a second, strongly augmented view of ``image``; only for methods with two views.
+        image_teacher: the same pictures as ``image`` in the teacher's size and statistics, where these are its own.
+        image_teacher_strong: likewise of ``image_strong``.
         sample_weight: how much each sample counts in losses that are a mean over samples, float >= 0, shape ``(B,)``.
     """
 
@@ -24,6 +26,8 @@ class Batch(TypedDict):
     target: NotRequired[Tensor]
     index: NotRequired[Tensor]
     image_strong: NotRequired[Tensor]
+    image_teacher: NotRequired[Tensor]
+    image_teacher_strong: NotRequired[Tensor]
     sample_weight: NotRequired[Tensor]
 
 

@@ -70,6 +70,18 @@ class TinyData(PictureDataModule):
         return Pictures((noise + 45 * target[:, None, None, None]).to(torch.uint8), target)
 
 
+class Diary(L.Callback):
+    """Remembers the training batches; saves a checkpoint where asked."""
+
+    def __init__(self, save_at=None, path=None):
+        self.batches, self.save_at, self.path = [], save_at, path
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        self.batches.append((trainer.current_epoch, batch["index"].tolist(), batch["image"].double().sum().item()))
+        if trainer.global_step == self.save_at:
+            trainer.save_checkpoint(self.path)
+
+
 @pytest.fixture
 def trainer(tmp_path: Path) -> Callable[..., L.Trainer]:
     """Makes a silent trainer that writes into a scratch folder."""

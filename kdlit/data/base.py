@@ -1,61 +1,24 @@
-"""What all picture data modules share: a held-out validation split, augmentation of whole batches, loaders."""
+"""What all picture data modules share: splits, subsets, label noise, the views of each network, loaders."""
 
 from __future__ import annotations
 
+import copy
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 import lightning as L
 import torch
 from lightning.pytorch.trainer.states import TrainerFn
-from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
 from torchvision.transforms import v2
 
-from kdlit.data.transforms import cutout, normalize, random_crop, random_flip
+from kdlit.data.inputs import Interpolation, NetworkInput, Views
+from kdlit.data.sampling import EpochDataset, EpochLoader, EpochSampler
+from kdlit.data.transforms import crop_and_flip, cutout, one_by_one
 from kdlit.types import Batch
-
-
-@dataclass
-class Pictures:
-    """Labelled pictures that fit into memory.
-
-    Attributes:
-        image: uint8, shape ``(N, C, H, W)``.
-        target: int64, shape ``(N,)``.
-    """
-
-    image: Tensor
-    target: Tensor
-
-    def __len__(self) -> int:
-        return len(self.image)
-
-    def __getitem__(self, index: Tensor) -> Pictures:
-        return Pictures(self.image[index], self.target[index])
-
-
-class PictureDataset(Dataset[Batch]):
-    """Hands out whole batches: one indexing and one transform call for all pictures of a batch."""
-
-    def __init__(self, pictures: Pictures, transform: Callable[[Tensor], dict[str, Tensor]]) -> None:
-        self.pictures = pictures
-        self.transform = transform
-
-    def __len__(self) -> int:
-        return len(self.pictures)
-
-    def __getitem__(self, index: int) -> Batch:
-        """One sample without a batch dimension."""
-        return cast("Batch", {key: value[0] for key, value in self.__getitems__([index]).items()})  # type: ignore[index]
-
-    def __getitems__(self, indices: Sequence[int]) -> Batch:
-        """One batch; the DataLoader prefers this to one call a picture."""
-        index = torch.as_tensor(indices)
-        pictures = self.pictures[index]
-        return cast("Batch", {**self.transform(pictures.image), "target": pictures.target, "index": index})
 
 
 def _as_it_is(batch: Any) -> Any:
@@ -65,52 +28,171 @@ def _as_it_is(batch: Any) -> Any:
 class SplitDataModule(L.LightningDataModule):
     """Base of all data modules: loaders over a training, a validation and a test part.
 
-    A subclass fills ``datasets`` (``train``, ``val`` and ``test``), ``class_names`` and ``num_classes`` in ``setup``.
-    Validation pictures are held out of the training pictures, the same number of each class, so that hyper-parameters
-    and checkpoints are never chosen on the test pictures.
+    A subclass fills ``datasets`` (``train``, ``val`` and ``test``), ``class_names`` and ``num_classes`` in ``setup``;
+    :meth:`divide` says which pictures are for what. Validation pictures are held out of the training pictures, the same
+    number of each class, so that hyper-parameters and checkpoints are never chosen on the test pictures. A subclass may
+    also give ``collate``, a function that has the last word on every batch.
+
+    The order of the training pictures and their augmentation follow from the seed of the run, the epoch and the
+    picture alone: neither from ``num_workers`` nor from what networks and losses draw.
 
     Args:
+        input: how the student wants its pictures.
         val_size: training pictures held out for validation: a count, or a share if below 1; 0 trains on all.
         batch_size: pictures a training step, on each device.
         eval_batch_size: pictures a step of validation, test and prediction.
         num_workers: processes that prepare batches.
-        split_seed: draws the validation pictures; on its own, so that runs with other seeds share the split.
+        split_seed: draws the validation pictures and the subset; on its own, so that runs with other seeds share them.
+        subset: share of the training pictures to train on, of what the validation leaves.
+        subset_by: scores the training pictures, and those with the highest scores are kept; see
+            :class:`~kdlit.data.TeacherConfidence`. By default the subset is drawn, the same share of each class.
+        label_noise: share of the training labels replaced by another class, each of them equally likely (symmetric
+            noise); labels for validation and test stay true.
+        noise_seed: draws the label noise; teacher and student of one study need the same.
+        strong_view: whether training batches also hold ``image_strong``, for losses that compare two views.
+        transforms: what happens to each training picture, uint8 ``(3, H, W)``, in place of the standard recipe.
+        teacher_input: how the teacher wants its pictures, if not as the student does; batches then also hold
+            ``image_teacher``, the same pictures with the same augmentation.
 
     Raises:
-        ValueError: If a size is out of range.
+        ValueError: If a value is out of range.
     """
 
     num_classes: int
     class_names: Sequence[str]
-    collate: Callable[[Any], Any] | None = None
+    collate: Callable[[Any], Any] = staticmethod(_as_it_is)
 
     def __init__(
-        self, val_size: float, batch_size: int, eval_batch_size: int, num_workers: int, split_seed: int
+        self,
+        input: NetworkInput,
+        *,
+        val_size: float = 0,
+        batch_size: int = 64,
+        eval_batch_size: int = 256,
+        num_workers: int = 0,
+        split_seed: int = 0,
+        subset: float = 1.0,
+        subset_by: Callable[[DataLoader[Batch]], Tensor] | None = None,
+        label_noise: float = 0.0,
+        noise_seed: int = 0,
+        strong_view: bool = False,
+        transforms: list[nn.Module] | None = None,
+        teacher_input: NetworkInput | None = None,
     ) -> None:
         super().__init__()
         check_at_least(1, batch_size=batch_size, eval_batch_size=eval_batch_size)
         check_at_least(0, val_size=val_size, num_workers=num_workers)
+        if not 0 < subset <= 1:
+            raise ValueError(f"subset must lie in (0, 1], got {subset!r}")
+        if subset_by is not None and subset == 1:
+            raise ValueError("subset_by says which pictures to keep, but subset=1 keeps all; set subset below 1")
+        if not 0 <= label_noise < 1:
+            raise ValueError(f"label_noise must lie in [0, 1), got {label_noise!r}")
+        self.views = Views(input, teacher_input)
         self.val_size = val_size
         self.batch_size = batch_size
         self.eval_batch_size = eval_batch_size
         self.num_workers = num_workers
         self.split_seed = split_seed
-        self.datasets: dict[str, Dataset[Batch]] = {}
+        self.subset = subset
+        self.subset_by = subset_by
+        self.label_noise = label_noise
+        self.noise_seed = noise_seed
+        self.strong_view = strong_view
+        self.transforms = None if transforms is None else v2.Compose(transforms)
+        self.datasets: dict[str, EpochDataset] = {}
+        self._seed: int | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What worker processes need of the views, without the trainer and the pictures."""
+        return self.__dict__ | {"trainer": None, "datasets": {}}
+
+    # Which pictures
+
+    def divide(self, target: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Divide the training pictures, given their true labels, shape ``(N,)``.
+
+        Returns:
+            train: positions of those to train on, int64; a subset by score is taken only when training starts.
+            val: positions of those held out, int64.
+            noisy: labels to train with, int64, shape ``(N,)``.
+
+        Raises:
+            ValueError: If too few are left for a batch.
+        """
+        held_out = hold_out(target, self.val_size, self.split_seed)
+        train, val = (~held_out).nonzero().flatten(), held_out.nonzero().flatten()
+        size = round(self.subset * len(train))
+        if size < self.batch_size:
+            raise ValueError(f"batch_size is {self.batch_size}, but only {size} training pictures are there")
+        if self.subset < 1 and self.subset_by is None:
+            train = train[hold_out(target[train], size, self.split_seed)]
+        return train, val, symmetric_noise(target, self.num_classes, self.label_noise, self.noise_seed)
+
+    def _take_subset(self) -> None:
+        """Keep the training pictures with the highest scores, once; the first process decides for all."""
+        if self.subset_by is None:
+            return
+        ranking, self.subset_by = self.subset_by, None
+        train = self.datasets["train"]
+        plain = copy.copy(train)
+        plain.augmented = False
+        score = ranking(DataLoader(plain, batch_size=self.eval_batch_size, collate_fn=self.collate)).cpu()
+        if score.shape != (len(train),):
+            raise ValueError(
+                f"subset_by must give one score for each of {len(train)} training pictures, but gave shape "
+                f"{tuple(score.shape)}"
+            )
+        kept = score.argsort(descending=True, stable=True)[: round(self.subset * len(train))].sort().values
+        self.datasets["train"] = train.only(kept if self.trainer is None else self.trainer.strategy.broadcast(kept))
+
+    # Loaders
 
     def _loader(self, split: str) -> DataLoader[Batch]:
-        train = split == "train"
-        return DataLoader(
-            self.datasets[split],
-            batch_size=self.batch_size if train else self.eval_batch_size,
-            shuffle=train,
+        dataset = self.datasets[split]
+        settings: dict[str, Any] = {"batch_size": self.eval_batch_size}
+        if split == "train":
+            dataset.seed = self._order_seed()
+            settings = {"batch_size": self.batch_size, "sampler": self._sampler(dataset)}
+        return EpochLoader(
+            dataset,
+            **settings,
             num_workers=self.num_workers,
             persistent_workers=self.num_workers > 0,
-            pin_memory=torch.cuda.is_available(),
+            pin_memory=torch.cuda.is_available() and dataset.device.type == "cpu",
             collate_fn=self.collate,
+            generator=torch.Generator(),  # otherwise each pass draws from the generator that dropout draws from
         )
+
+    def _sampler(self, dataset: EpochDataset) -> EpochSampler:
+        trainer = self.trainer
+        if trainer is None:
+            return EpochSampler(len(dataset), self.batch_size, dataset.seed)
+
+        def progress() -> tuple[int, int]:
+            return trainer.current_epoch, trainer.fit_loop.epoch_loop.batch_progress.current.ready
+
+        rank, processes = trainer.global_rank, trainer.world_size
+        return EpochSampler(len(dataset), self.batch_size, dataset.seed, rank, processes, progress)
+
+    def _order_seed(self) -> int:
+        """The seed of the run: the same in all its processes, and after a resume."""
+        if self._seed is None:
+            seed = torch.initial_seed() % 2**32
+            self._seed = seed if self.trainer is None else self.trainer.strategy.broadcast(seed)
+        return self._seed
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a resumed run needs to go on with the same order."""
+        return {"seed": self._order_seed()}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on with the order of the run that is resumed."""
+        self._seed = state_dict["seed"]
 
     def train_dataloader(self) -> DataLoader[Batch]:
         """Training pictures, shuffled and augmented."""
+        self._take_subset()
         return self._loader("train")
 
     def val_dataloader(self) -> DataLoader[Batch] | list[DataLoader[Batch]]:
@@ -119,7 +201,7 @@ class SplitDataModule(L.LightningDataModule):
         Raises:
             ValueError: If nothing is held out and validation was asked for by itself.
         """
-        if len(self.datasets["val"]):  # type: ignore[arg-type]
+        if len(self.datasets["val"]):
             return self._loader("val")
         if self.trainer is not None and self.trainer.state.fn == TrainerFn.VALIDATING:
             raise ValueError("there is nothing to validate on: val_size is 0; set --data.val_size or use `kdlit test`")
@@ -141,50 +223,101 @@ def check_at_least(least: float, **values: float) -> None:
             raise ValueError(f"{name} must be >= {least}, got {value!r}")
 
 
+@dataclass
+class Pictures:
+    """Labelled pictures that fit into memory.
+
+    Attributes:
+        image: uint8, shape ``(N, C, H, W)``.
+        target: int64, shape ``(N,)``.
+    """
+
+    image: Tensor
+    target: Tensor
+
+    def __len__(self) -> int:
+        return len(self.image)
+
+    def __getitem__(self, index: Tensor) -> Pictures:
+        return Pictures(self.image[index], self.target[index])
+
+
+class PictureDataset(EpochDataset):
+    """Pictures in memory: one indexing and one transform for all pictures of a batch, on the device they lie on.
+
+    Args:
+        pictures: the pictures.
+        data: gives the views.
+        augmented: whether these are training pictures.
+    """
+
+    def __init__(self, pictures: Pictures, data: PictureDataModule, augmented: bool) -> None:
+        super().__init__(len(pictures), columns=10 if data.strong_view else 4, augmented=augmented)
+        self.pictures = pictures
+        self.data = data
+
+    def to(self, device: torch.device) -> None:
+        """Move the pictures, so that batches are made there."""
+        self.device = device
+        self.pictures = Pictures(self.pictures.image.to(device), self.pictures.target.to(device))
+
+    def only(self, index: Tensor) -> PictureDataset:
+        """The same with fewer pictures."""
+        return PictureDataset(self.pictures[index.to(self.device)], self.data, self.augmented)
+
+    def read(self, index: Tensor, draws: Tensor) -> dict[str, Tensor]:
+        """Make one batch."""
+        image = self.pictures.image.index_select(0, index)
+        if self.augmented:
+            strong = self.data.augment_strongly(image, draws[:, 4:]) if self.data.strong_view else None
+            views = self.data.views.training(self.data.augment(image, draws[:, :4]), strong)
+        else:
+            views = self.data.views.evaluation(image)
+        return {**views, "target": self.pictures.target[index], "index": index}
+
+
 class PictureDataModule(SplitDataModule):
     """Base of data modules whose pictures fit into memory: a subclass implements :meth:`load`.
+
+    Without worker processes the pictures lie on the device that trains, and are augmented there.
 
     Args:
         mean: mean of each channel, for pictures scaled to 0..1.
         std: standard deviation of each channel, for pictures scaled to 0..1.
-        val_size: training pictures held out for validation: a count, or a share if below 1; 0 trains on all.
+        size: side that pictures are scaled to for the student; None leaves them as they are.
+        interpolation: how they are scaled.
         padding: black pixels around a training picture before a window of its size is cut out at random.
         flip: whether training pictures are mirrored at random.
-        batch_size: pictures a training step, on each device.
-        eval_batch_size: pictures a step of validation, test and prediction.
-        strong_view: whether training batches also hold ``image_strong``, for losses that compare two views.
-        num_workers: processes that prepare batches; 0 is fastest for small pictures, prepared a batch at a time.
-        split_seed: draws the validation pictures; on its own, so that runs with other seeds share the split.
+        auto_augment: whether training pictures then undergo the AutoAugment policy of CIFAR-10.
+        **kwargs: of :class:`~kdlit.data.SplitDataModule`: splits, subsets, label noise, views and batches.
 
     Raises:
-        ValueError: If a size is out of range or ``mean`` and ``std`` do not fit each other.
+        ValueError: If a value is out of range or ``mean`` and ``std`` do not fit each other.
     """
-
-    collate = staticmethod(_as_it_is)
 
     def __init__(
         self,
         mean: Sequence[float],
         std: Sequence[float],
-        val_size: float = 0,
+        size: int | None = None,
+        interpolation: Interpolation = "bilinear",
         padding: int = 4,
         flip: bool = True,
-        batch_size: int = 64,
-        eval_batch_size: int = 256,
-        strong_view: bool = False,
-        num_workers: int = 0,
-        split_seed: int = 0,
+        auto_augment: bool = False,
+        **kwargs: Any,
     ) -> None:
-        super().__init__(val_size, batch_size, eval_batch_size, num_workers, split_seed)
+        super().__init__(NetworkInput(mean, std, size, interpolation), **kwargs)
         check_at_least(0, padding=padding)
-        if len(mean) != len(std) or not all(value > 0 for value in std):
-            raise ValueError(f"mean and std must have one value a channel, std above 0; got {mean!r} and {std!r}")
-        self.mean, self.std = tuple(mean), tuple(std)
+        if auto_augment and self.transforms is not None:
+            raise ValueError("auto_augment and transforms exclude each other; put v2.AutoAugment among the transforms")
         self.padding = padding
         self.flip = flip
-        self.strong_view = strong_view
+        self._policy = v2.AutoAugment(v2.AutoAugmentPolicy.CIFAR10) if auto_augment else None
         self._rand_augment = v2.RandAugment(num_ops=2, magnitude=10)
         self._pictures: dict[str, Pictures] = {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        return super().__getstate__() | {"_pictures": {}}
 
     @abstractmethod
     def load(self) -> dict[str, Pictures]:
@@ -202,42 +335,47 @@ class PictureDataModule(SplitDataModule):
         splits = self.load()
         self.num_classes = len(self.class_names)
         for split, pictures in splits.items():
-            _check(pictures, split, self.num_classes, channels=len(self.mean))
-        if "val" not in splits:
-            held_out = hold_out(splits["train"].target, self.val_size, self.split_seed)
-            splits |= {"train": splits["train"][~held_out], "val": splits["train"][held_out]}
-        if (train_size := len(splits["train"])) < self.batch_size:
-            raise ValueError(f"batch_size is {self.batch_size}, but only {train_size} training pictures are there")
+            _check(pictures, split, self.num_classes, channels=len(self.views.student.mean))
+        if "val" in splits and self.val_size:
+            raise ValueError("the data has a validation part of its own, so val_size must be 0: nothing is held out")
+        whole = splits["train"]
+        train, val, noisy = self.divide(whole.target)
+        splits = {"val": whole[val]} | splits | {"train": Pictures(whole.image[train], noisy[train])}
         self._pictures = splits
         self.datasets = {
-            split: PictureDataset(pictures, self._views if split == "train" else self._as_they_are)
-            for split, pictures in splits.items()
+            split: PictureDataset(pictures, self, augmented=split == "train") for split, pictures in splits.items()
         }
 
-    def augment(self, image: Tensor) -> Tensor:
-        """Shift and mirror a batch of training pictures: uint8 ``(B, C, H, W)`` in and out."""
-        image = random_crop(image, self.padding)
-        return random_flip(image) if self.flip else image
+    def augment(self, image: Tensor, draws: Tensor) -> Tensor:
+        """Augment training pictures by the standard recipe or ``transforms``.
 
-    def augment_strongly(self, image: Tensor) -> Tensor:
-        """The same, then two operations of RandAugment at magnitude 10 and a grey square of half the picture's side."""
-        distorted = torch.stack([self._rand_augment(one) for one in self.augment(image)])
-        return cutout(distorted, min(image.shape[-2:]) // 2)
+        Args:
+            image: uint8, shape ``(B, C, H, W)``.
+            draws: random numbers in [0, 1), float64, shape ``(B, 4)``.
+        """
+        if self.transforms is not None:
+            return one_by_one(self.transforms, image, draws[:, 3])
+        top, left = (draws[:, :2] * (2 * self.padding + 1)).long().unbind(1)
+        image = crop_and_flip(image, self.padding, top, left, (draws[:, 2] < 0.5) & self.flip)
+        return image if self._policy is None else one_by_one(self._policy, image, draws[:, 3])
 
-    def prepare(self, image: Tensor) -> Tensor:
-        """Normalise a batch of pictures: uint8 ``(B, C, H, W)`` in, float32 out."""
-        return normalize(image, self.mean, self.std)
+    def augment_strongly(self, image: Tensor, draws: Tensor) -> Tensor:
+        """The same, then two operations of RandAugment at magnitude 10 and a grey square of half the picture's side.
 
-    def _views(self, image: Tensor) -> dict[str, Tensor]:
-        """What a training batch shows of its pictures."""
-        views = {"image": self.prepare(self.augment(image))}
-        if self.strong_view:
-            views["image_strong"] = self.prepare(self.augment_strongly(image))
-        return views
+        Args:
+            image: uint8, shape ``(B, C, H, W)``.
+            draws: random numbers in [0, 1), float64, shape ``(B, 6)``.
+        """
+        image = one_by_one(self._rand_augment, self.augment(image, draws), draws[:, 3])
+        height, width = image.shape[-2:]
+        row, column = (draws[:, 4] * height).long(), (draws[:, 5] * width).long()
+        return cutout(image, min(height, width) // 2, row, column)
 
-    def _as_they_are(self, image: Tensor) -> dict[str, Tensor]:
-        """What a batch for evaluation shows of its pictures."""
-        return {"image": self.prepare(image)}
+    def _loader(self, split: str) -> DataLoader[Batch]:
+        dataset = self.datasets[split]
+        if self.trainer is not None and not self.num_workers and isinstance(dataset, PictureDataset):
+            dataset.to(self.trainer.strategy.root_device)
+        return super()._loader(split)
 
 
 def hold_out(target: Tensor, size: float, seed: int) -> Tensor:
@@ -268,6 +406,23 @@ def hold_out(target: Tensor, size: float, seed: int) -> Tensor:
     held_out = torch.zeros(len(target), dtype=torch.bool)
     held_out[order[:count]] = True
     return held_out
+
+
+def symmetric_noise(target: Tensor, num_classes: int, share: float, seed: int) -> Tensor:
+    """Replace a share of the labels by another class each, all equally likely.
+
+    Args:
+        target: labels, int64, shape ``(N,)``.
+        num_classes: how many classes there are.
+        share: which part of the labels is replaced, in [0, 1).
+        seed: draws which, and by what.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    chosen = torch.randperm(len(target), generator=generator)[: round(share * len(target))]
+    shift = torch.randint(1, max(2, num_classes), (len(chosen),), generator=generator)
+    noisy = target.clone()
+    noisy[chosen] = (target[chosen] + shift) % num_classes
+    return noisy
 
 
 def _check(pictures: Pictures, split: str, num_classes: int, channels: int) -> None:

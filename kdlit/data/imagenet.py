@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import warnings
+from collections import Counter
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import cast
+from typing import Any, Literal
 
 import torch
-from torch.utils.data import Dataset, Subset
-from torchvision.datasets import ImageFolder
-from torchvision.transforms import v2
+from lightning.pytorch.utilities import rank_zero_warn
+from torch import Tensor
+from torchvision.transforms import InterpolationMode, v2
 
-from kdlit.data.base import SplitDataModule, check_at_least, hold_out
-from kdlit.types import Batch
+from kdlit.data.base import SplitDataModule, check_at_least
+from kdlit.data.inputs import Interpolation, NetworkInput, Views
+from kdlit.data.photographs import BrokenPhotograph, Photographs, list_photographs, read_photograph
+from kdlit.data.sampling import EpochDataset
+from kdlit.data.transforms import one_by_one
+
+Transform = Callable[[Tensor], Tensor]
 
 
 class ImageNet(SplitDataModule):
@@ -23,21 +30,25 @@ class ImageNet(SplitDataModule):
     validation pictures are held out of ``train``. Classes are numbered in the order of their folders' names, which is
     that of published ImageNet weights if the folders carry the WordNet numbers.
 
+    Where the teacher has an input of its own, pictures are augmented at the larger of both sizes, then scaled to each.
+
     Args:
         root: folder that holds ``train`` and ``val``; relative to the working directory.
         size: side of the pictures in pixels.
         resize: shorter side before the middle is cut out for evaluation.
         mean: mean of each channel, for pictures scaled to 0..1.
         std: standard deviation of each channel, likewise.
-        val_size: training pictures held out for validation: a count, or a share if below 1; 0 trains on all.
-        strong_view: whether training batches also hold ``image_strong``, for losses that compare two views.
+        interpolation: how pictures are scaled.
+        classes: file that names the class folders, one a line, in the order in which to number them; by default all
+            folders, by name.
+        broken: what to do about a file that cannot be decoded: ``"raise"`` an error that names it, or ``"skip"`` it,
+            with a warning that names it and a count at the end.
         batch_size: pictures a training step, on each device.
-        eval_batch_size: pictures a step of validation, test and prediction.
         num_workers: processes that decode pictures.
-        split_seed: draws the validation pictures.
+        **kwargs: of :class:`~kdlit.data.SplitDataModule`: splits, subsets, label noise, views and batches.
 
     Raises:
-        ValueError: If a size is out of range.
+        ValueError: If a value is out of range.
         FileNotFoundError: If ``train`` or ``val`` is missing.
     """
 
@@ -48,31 +59,31 @@ class ImageNet(SplitDataModule):
         resize: int = 256,
         mean: Sequence[float] = (0.485, 0.456, 0.406),
         std: Sequence[float] = (0.229, 0.224, 0.225),
-        val_size: float = 0,
-        strong_view: bool = False,
+        interpolation: Interpolation = "bilinear",
+        classes: str | None = None,
+        broken: Literal["raise", "skip"] = "raise",
         batch_size: int = 256,
-        eval_batch_size: int = 256,
         num_workers: int = 8,
-        split_seed: int = 0,
+        **kwargs: Any,
     ) -> None:
-        super().__init__(val_size, batch_size, eval_batch_size, num_workers, split_seed)
         check_at_least(1, size=size)
         check_at_least(size, resize=resize)
+        student = NetworkInput(mean, std, size, interpolation, resize=resize)
+        super().__init__(student, batch_size=batch_size, num_workers=num_workers, **kwargs)
+        if broken not in ("raise", "skip"):
+            raise ValueError(f"broken must be 'raise' or 'skip', got {broken!r}")
         self.root = Path(root).expanduser()
+        self.classes = None if classes is None else Path(classes).expanduser()
+        self.broken = broken
         for part in ("train", "val"):
             if not (self.root / part).is_dir():
                 raise FileNotFoundError(
                     f"no folder {(self.root / part).absolute()}; set --data.root to the folder that holds train and "
                     "val, with a folder for each class in both"
                 )
-        finish = [v2.PILToTensor(), v2.ToDtype(torch.float32, scale=True), v2.Normalize(list(mean), list(std))]
-        weak = [v2.RandomResizedCrop(size, antialias=True), v2.RandomHorizontalFlip()]
-        train_views = {"image": v2.Compose([*weak, *finish])}
-        if strong_view:
-            grey = v2.RandomErasing(p=1.0, scale=(0.25, 0.25), ratio=(1.0, 1.0))
-            train_views["image_strong"] = v2.Compose([*weak, v2.RandAugment(2, 10), *finish, grey])
-        eval_views = {"image": v2.Compose([v2.Resize(resize, antialias=True), v2.CenterCrop(size), *finish])}
-        self._views = {"train": train_views, "val": eval_views, "test": eval_views}
+        if self.classes is not None and not self.classes.is_file():
+            raise FileNotFoundError(f"no file {self.classes.absolute()}; set --data.classes to a list of class folders")
+        self.augment, self.augment_strongly = photograph_transforms(self.views, self.transforms)
 
     def setup(self, stage: str) -> None:
         """List the pictures and split them, once.
@@ -82,47 +93,114 @@ class ImageNet(SplitDataModule):
         """
         if self.datasets:
             return
-        train, test = _list(self.root / "train"), _list(self.root / "val")
-        if train.classes != test.classes:
-            odd = sorted(set(train.classes) ^ set(test.classes))
-            raise ValueError(
-                f"train and val must have the same class folders, but in {self.root.absolute()} only one of them has "
-                f"{', '.join(odd[:5])}{' ...' if len(odd) > 5 else ''}"
-            )
-        self.class_names, self.num_classes = train.classes, len(train.classes)
-        held_out = hold_out(torch.tensor(train.targets), self.val_size, self.split_seed)
-        pictures = {
-            split: _Photographs(train if split != "test" else test, self._views[split]) for split in self._views
-        }
+        order = None if self.classes is None else self.classes.read_text().split()
+        if twice := [name for name, count in Counter(order).items() if count > 1]:
+            raise ValueError(f"{self.classes} names {', '.join(twice[:5])} more than once")
+        train = list_photographs(self.root / "train", order)
+        test = list_photographs(self.root / "val", train.class_names)
+        self.class_names, self.num_classes = train.class_names, len(train.class_names)
+        positions, held_out, noisy = self.divide(train.target)
         self.datasets = {
-            "train": Subset(pictures["train"], (~held_out).nonzero().flatten().tolist()),
-            "val": Subset(pictures["val"], held_out.nonzero().flatten().tolist()),
-            "test": pictures["test"],
+            "train": PhotographDataset(train, positions, noisy, self, augmented=True),
+            "val": PhotographDataset(train, held_out, train.target, self, augmented=False),
+            "test": PhotographDataset(test, torch.arange(len(test)), test.target, self, augmented=False),
         }
 
+    def teardown(self, stage: str) -> None:
+        """Say how many files had to be skipped."""
+        for split, dataset in self.datasets.items():
+            assert isinstance(dataset, PhotographDataset)
+            if skipped := int(dataset.broken.sum()):
+                rank_zero_warn(
+                    f"{skipped} of {len(dataset)} {split} pictures could not be decoded and were skipped; figures for "
+                    f"{split} are over the others"
+                )
 
-class _Photographs(Dataset[Batch]):
-    """Decodes a picture and makes its views; a file that cannot be decoded is named."""
 
-    def __init__(self, folder: ImageFolder, views: dict[str, v2.Compose]) -> None:
-        self.folder = folder
-        self.views = views
+class PhotographDataset(EpochDataset):
+    """Decodes pictures and makes their views; a file that cannot be decoded is named.
 
-    def __len__(self) -> int:
-        return len(self.folder)
+    Args:
+        photographs: the files.
+        positions: which of them to use, int64, shape ``(N,)``.
+        target: labels of all files.
+        data: gives the views.
+        augmented: whether these are training pictures.
 
-    def __getitem__(self, index: int) -> Batch:
-        path, target = self.folder.samples[index]
+    Attributes:
+        broken: which pictures have been skipped so far, bool, shape ``(N,)``, shared with the worker processes.
+    """
+
+    def __init__(
+        self, photographs: Photographs, positions: Tensor, target: Tensor, data: ImageNet, augmented: bool
+    ) -> None:
+        super().__init__(len(positions), columns=2, augmented=augmented)
+        self.photographs = photographs
+        self.positions = positions
+        self.target = target
+        self.data = data
+        self.broken = torch.zeros(len(positions), dtype=torch.bool).share_memory_()  # type: ignore[no-untyped-call]
+
+    def only(self, index: Tensor) -> PhotographDataset:
+        """The same with fewer pictures."""
+        return PhotographDataset(self.photographs, self.positions[index], self.target, self.data, self.augmented)
+
+    def read(self, index: Tensor, draws: Tensor) -> dict[str, Tensor]:
+        """Make one batch.
+
+        Raises:
+            ValueError: If a file cannot be decoded, or none of the batch where such files are skipped.
+        """
+        found = [(row, picture) for row, one in enumerate(index.tolist()) if (picture := self._decode(one)) is not None]
+        if not found:
+            raise ValueError(
+                f"none of the {len(index)} pictures of a batch can be decoded, from "
+                f"{self.photographs.path(int(self.positions[index[0]]))} on; replace them"
+            )
+        rows, pictures = [row for row, _ in found], [picture for _, picture in found]
+        index, draws = index[rows], draws[rows]
+        if self.augmented:
+            strong = one_by_one(self.data.augment_strongly, pictures, draws[:, 1]) if self.data.strong_view else None
+            views = self.data.views.training(one_by_one(self.data.augment, pictures, draws[:, 0]), strong)
+        else:
+            views = self.data.views.evaluation(pictures)
+        return {**views, "target": self.target[self.positions[index]], "index": index}
+
+    def _decode(self, index: int) -> Tensor | None:
         try:
-            picture = self.folder.loader(path)
-        except OSError as error:
-            raise ValueError(f"cannot decode {path}: {error}; replace the file or remove it") from None
-        views = {name: view(picture) for name, view in self.views.items()}
-        return cast("Batch", {**views, "target": target, "index": index})
+            return read_photograph(self.photographs.path(int(self.positions[index])))
+        except BrokenPhotograph as error:
+            if self.data.broken == "raise":
+                raise
+            if not self.broken[index]:
+                self.broken[index] = True
+                warnings.warn(f"skipped: {error}", stacklevel=1)
+            return None
 
 
-def _list(folder: Path) -> ImageFolder:
-    try:
-        return ImageFolder(str(folder))
-    except OSError as error:
-        raise ValueError(f"cannot list the pictures in {folder.absolute()}: {error}") from None
+def photograph_transforms(views: Views, weak: Transform | None = None) -> tuple[Transform, Transform]:
+    """Augmentation of one photograph, at the size of the larger network.
+
+    Args:
+        views: what the networks want; their sizes must be set.
+        weak: takes the place of the standard recipe.
+
+    Returns:
+        weak: by default a random part of 8 to 100 % of the area, mirrored at random.
+        strong: the same, then two operations of RandAugment at magnitude 10 and a quarter of the area covered with
+            grey.
+
+    Raises:
+        ValueError: If a size is not set.
+    """
+    inputs = [one for one in (views.student, views.teacher) if one is not None]
+    sizes = [one.size for one in inputs if one.size is not None]
+    if len(sizes) < len(inputs):
+        raise ValueError("teacher_input needs a size: photographs have none of their own")
+    if weak is None:
+        mode = InterpolationMode(views.student.interpolation)
+        crop = v2.RandomResizedCrop(max(sizes), interpolation=mode, antialias=True)
+        weak = v2.Compose([crop, v2.RandomHorizontalFlip()])
+    fill = [round(255 * level) for level in views.student.mean]
+    grey = v2.RandomErasing(1.0, scale=(0.25, 0.25), ratio=(1.0, 1.0), value=fill)
+    return weak, v2.Compose([weak, v2.RandAugment(num_ops=2, magnitude=10), grey])

@@ -39,6 +39,7 @@ class DistillationModule(L.LightningModule):
         optimizer: makes the optimizer from the parameters of student and losses.
         lr_scheduler: makes the learning-rate schedule from the optimizer, stepped once an epoch.
         input_size: size of one picture, ``(C, H, W)``, for the dry run that checks both networks at construction.
+        teacher_input_size: likewise for the teacher, where the data gives it pictures of its own as ``image_teacher``.
 
     Raises:
         ValueError: If the class counts differ, a loss lacks its teacher, a layer path does not exist, there is no loss
@@ -55,6 +56,7 @@ class DistillationModule(L.LightningModule):
         optimizer: OptimizerCallable = default_optimizer,
         lr_scheduler: LRSchedulerCallable | None = None,
         input_size: Sequence[int] = (3, 32, 32),
+        teacher_input_size: Sequence[int] | None = None,
     ) -> None:
         super().__init__()
         if _given_hyperparameters.get() is not None:
@@ -77,9 +79,12 @@ class DistillationModule(L.LightningModule):
                 raise ValueError(f"losses.{name} ({type(term.loss).__name__}) needs a teacher, but teacher is None")
         self._student_tap = FeatureTap(student, (path for term in terms.values() for path in term.student_layers))
         self.num_classes = self._probe("student", student, example, self._student_tap)
+        self._teacher_has_own_input = teacher_input_size is not None
         if teacher is not None:
             self._teacher_tap = FeatureTap(teacher, (path for term in terms.values() for path in term.teacher_layers))
-            if (teacher_classes := self._probe("teacher", teacher, example, self._teacher_tap)) != self.num_classes:
+            teacher_example = torch.zeros(1, *(teacher_input_size or input_size))
+            teacher_classes = self._probe("teacher", teacher, teacher_example, self._teacher_tap)
+            if teacher_classes != self.num_classes:
                 raise ValueError(
                     f"student and teacher must have the same classes, but the student gives {self.num_classes} logits "
                     f"and the teacher {teacher_classes}; set num_classes of the student to {teacher_classes}"
@@ -121,9 +126,18 @@ class DistillationModule(L.LightningModule):
         return self._run("student", self.student, batch, self._student_tap)
 
     def run_teacher(self, batch: Batch) -> ModelOutput:
-        """The same of the teacher, without a graph; None for a module that has no teacher."""
+        """The same of the teacher, without a graph, on its own form of the pictures; None if there is no teacher."""
         if self.teacher is None:
             return cast("ModelOutput", None)  # only losses with needs_teacher=False read it
+        if "image_teacher" in batch:
+            batch = cast("Batch", {**batch, "image": batch["image_teacher"]})
+            if "image_teacher_strong" in batch:
+                batch["image_strong"] = batch["image_teacher_strong"]
+        elif self._teacher_has_own_input:
+            raise ValueError(
+                f"teacher_input_size is set, but the batch has no image_teacher, only {', '.join(batch)}; set "
+                "--data.teacher_input, or add it in your own data module"
+            )
         with torch.no_grad():
             return self._run("teacher", self.teacher, batch, self._teacher_tap)
 

@@ -76,7 +76,9 @@ def test_a_test_after_the_fit_measures_the_twin_that_was_trained(trainer):
     figures = fitted.test(distiller, data, verbose=False)[0]
     pictures = data._pictures["test"]
     with torch.no_grad():
-        hits = (trained(data.prepare(pictures.image)).argmax(1) == pictures.target).float().mean().item()
+        hits = (
+            (trained(data.views.evaluation(pictures.image)["image"]).argmax(1) == pictures.target).float().mean().item()
+        )
     assert figures["test/plain_top1"] == pytest.approx(hits)
     assert all(torch.equal(a, b) for a, b in zip(trained.parameters(), baseline.twin.parameters(), strict=True))
     assert not torch.equal(trained.fc.weight, distiller.student.fc.weight)
@@ -104,7 +106,7 @@ def test_predictions_are_a_row_a_picture_in_order(trainer, tmp_path):
     distiller, data = distil(), TinyData(eval_batch_size=16)
     trainer(callbacks=[PredictionTable(str(tmp_path / "p.csv"))]).predict(distiller, data)
     rows = list(csv.DictReader((tmp_path / "p.csv").open()))
-    images = data.prepare(data._pictures["test"].image)
+    images = data.views.evaluation(data._pictures["test"].image)["image"]
     with torch.no_grad():
         expected = distiller.eval().student(images).argmax(1).tolist()
     assert [int(row["label"]) for row in rows] == expected

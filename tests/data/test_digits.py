@@ -50,7 +50,7 @@ def test_the_shipped_teacher_reads_them(data):
     teacher = digit_pairs_teacher().eval()
     pictures = data._pictures["test"][torch.arange(0, 5000, 5)]
     with torch.no_grad():
-        hits = teacher(data.prepare(pictures.image)).argmax(1) == pictures.target
+        hits = teacher(data.views.evaluation(pictures.image)["image"]).argmax(1) == pictures.target
     assert hits.float().mean() > 0.96
 
 

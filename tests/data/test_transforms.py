@@ -5,52 +5,45 @@ from __future__ import annotations
 import pytest
 import torch
 import torchvision.transforms.functional as per_picture
+from torchvision.transforms import v2
 
-from kdlit.data.transforms import crop, cutout, normalize, random_crop, random_flip
-
-
-def test_crop_equals_padding_and_cropping_each_picture():
-    image = torch.randint(0, 256, (6, 3, 10, 12), dtype=torch.uint8)
-    top, left = torch.randint(0, 9, (2, 6))
-    for got, one, t, l in zip(crop(image, 4, top, left), image, top.tolist(), left.tolist(), strict=True):  # noqa: E741
-        assert torch.equal(got, per_picture.crop(per_picture.pad(one, [4]), t, l, 10, 12))
+from kdlit.data.transforms import crop_and_flip, cutout, one_by_one
 
 
-def test_random_crop_draws_every_offset_equally_often():
-    image = torch.zeros(9000, 1, 3, 3, dtype=torch.uint8)
-    image[:, :, 1, 1] = 1
-    places = random_crop(image, padding=1).flatten(1).float().mean(0)
-    assert places.sum() == pytest.approx(1.0)
-    assert places.min() > 0.095
-    assert places.max() < 0.128
+@pytest.mark.parametrize("padding", [0, 1, 4])
+def test_crop_and_flip_equal_the_per_picture_recipe_at_the_same_offsets(padding):
+    image = torch.randint(0, 256, (12, 3, 10, 13), dtype=torch.uint8)
+    top, left = torch.randint(0, 2 * padding + 1, (2, 12))
+    flip = torch.arange(12) % 3 == 0
+    got = crop_and_flip(image, padding, top, left, flip)
+    for row, one in enumerate(image):
+        padded = per_picture.pad(one, [padding])
+        expected = per_picture.crop(padded, int(top[row]), int(left[row]), 10, 13)
+        assert torch.equal(got[row], per_picture.hflip(expected) if flip[row] else expected)
 
 
-def test_without_padding_pictures_stay_as_they_are():
-    image = torch.rand(2, 3, 4, 4)
-    assert random_crop(image, padding=0) is image
+def test_cutout_covers_one_square_around_its_centre():
+    image = torch.full((3, 3, 8, 8), 255, dtype=torch.uint8)
+    covered = (cutout(image, 4, torch.tensor([4, 0, 7]), torch.tensor([4, 0, 2])) == 127).all(1)
+    assert covered[0].nonzero().tolist() == [[row, column] for row in range(2, 6) for column in range(2, 6)]
+    assert covered[1].nonzero().tolist() == [[0, 0], [0, 1], [1, 0], [1, 1]]
+    assert covered[2].nonzero().tolist() == [[row, column] for row in (5, 6, 7) for column in range(4)]
 
 
-def test_random_flip_mirrors_about_half_and_only_left_to_right():
-    image = torch.arange(4.0).view(1, 1, 2, 2).expand(4000, 1, 2, 2)
-    flipped = random_flip(image)
-    mirrored = (flipped == image.flip(-1)).flatten(1).all(1)
-    assert ((flipped == image).flatten(1).all(1) | mirrored).all()
-    assert mirrored.float().mean() == pytest.approx(0.5, abs=0.04)
+def test_one_by_one_draws_for_each_picture_from_its_own_number():
+    image = torch.randint(0, 256, (4, 3, 16, 16), dtype=torch.uint8)
+    draw = torch.tensor([0.1, 0.2, 0.3, 0.4], dtype=torch.float64)
+    transform = v2.RandomResizedCrop(8, antialias=True)
+    before = torch.get_rng_state()
+    all_at_once = one_by_one(transform, image, draw)
+    assert torch.equal(torch.get_rng_state(), before)
+    order = torch.tensor([2, 0])
+    assert torch.equal(one_by_one(transform, image[order], draw[order]), all_at_once[order])
+    other = one_by_one(transform, image, draw + 1e-9)
+    assert not torch.equal(other, all_at_once)
 
 
-def test_cutout_covers_one_square_whose_centre_lies_in_the_picture():
-    image = torch.full((2000, 3, 8, 8), 255, dtype=torch.uint8)
-    covered = (cutout(image, 4) == 127).all(1)
-    sizes = covered.flatten(1).sum(1)
-    assert sizes.max() == 16
-    assert sizes.min() >= 4
-    rows, columns = covered.any(2).sum(1), covered.any(1).sum(1)
-    assert torch.equal(sizes, rows * columns)
-    assert covered.float().mean(0).min() > 0.05
-
-
-def test_normalize_equals_scaling_then_subtracting():
-    image = torch.randint(0, 256, (2, 3, 4, 4), dtype=torch.uint8)
-    mean, std = (0.5, 0.4, 0.3), (0.2, 0.25, 0.3)
-    expected = per_picture.normalize(image.float() / 255, mean, std)
-    assert torch.allclose(normalize(image, mean, std), expected, atol=1e-6)
+def test_transforms_that_give_several_sizes_are_refused():
+    pictures = [torch.zeros(3, 8, 8), torch.zeros(3, 8, 9)]
+    with pytest.raises(ValueError, match=r"pictures of one size, got \(3, 8, 8\), \(3, 8, 9\); end them with"):
+        one_by_one(lambda one: one, pictures, torch.zeros(2))

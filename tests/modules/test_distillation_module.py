@@ -121,7 +121,7 @@ def test_one_forward_of_each_network_a_step(trainer):
 
 def test_without_a_teacher_it_trains_plainly(trainer):
     distiller = ClassificationDistillation(TinyNet(), {"ce": CrossEntropyLoss()}, input_size=(3, 8, 8))
-    fitted = trainer(max_epochs=30)
+    fitted = trainer(max_epochs=40)
     fitted.fit(distiller, TinyData())
     assert fitted.callback_metrics["val/top1"] > 0.9
     assert "val/teacher_top1" not in fitted.callback_metrics
@@ -303,7 +303,7 @@ def test_reported_accuracies_are_those_of_the_networks(trainer):
     fitted = trainer()
     metrics = fitted.test(distiller, data, verbose=False)[0]
     distiller.eval()
-    images, targets = data.prepare(data._pictures["test"].image), data._pictures["test"].target
+    images, targets = data.views.evaluation(data._pictures["test"].image)["image"], data._pictures["test"].target
     with torch.no_grad():
         student, teacher = distiller.student(images), distiller.teacher(images)
     assert metrics["test/top1"] == pytest.approx((student.argmax(1) == targets).float().mean().item())

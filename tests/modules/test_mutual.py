@@ -120,10 +120,10 @@ def test_every_student_is_measured_and_the_first_stands_for_the_run(trainer):
     data = TinyData()
     data.setup("test")
     with torch.no_grad():
-        logits = module.eval().students["large"](data.prepare(data._pictures["test"].image))
+        logits = module.eval().students["large"](data.views.evaluation(data._pictures["test"].image)["image"])
     hits = (logits.argmax(1) == data._pictures["test"].target).float().mean().item()
     assert tested["test/large/top1"] == pytest.approx(hits)
-    assert module(data.prepare(data._pictures["test"].image)).shape == (40, 5)
+    assert module(data.views.evaluation(data._pictures["test"].image)["image"]).shape == (40, 5)
 
 
 class Memory(DistillationLoss):

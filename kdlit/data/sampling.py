@@ -1,0 +1,139 @@
+"""Which sample comes when, and with which random numbers: settled by (seed, epoch, sample) alone.
+
+So batches are the same with any number of worker processes, every process of a distributed run reads a part of its own,
+and a run that stopped in the middle of an epoch goes on with the very next batch. The sampler asks the data set for
+``epoch * size + index``; workers that live through all epochs need to be told nothing else.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, cast
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+from torch.utils.data.distributed import DistributedSampler
+
+from kdlit.types import Batch
+
+
+class EpochSampler(DistributedSampler[int]):
+    """Draws the order of each epoch anew and hands every process a share of its own, all of the same length.
+
+    Up to ``num_replicas - 1`` samples that are left over sit out an epoch, others each time; none comes twice.
+    (Being a ``DistributedSampler``, it is left in place by Lightning.)
+
+    Args:
+        size: number of samples.
+        batch_size: samples a step, to count the batches that a resumed epoch has done.
+        seed: draws the orders.
+        rank: number of this process.
+        num_replicas: number of processes.
+        progress: gives the epoch and how many of its batches are done; by default each pass is the next epoch.
+    """
+
+    def __init__(
+        self,
+        size: int,
+        batch_size: int,
+        seed: int = 0,
+        rank: int = 0,
+        num_replicas: int = 1,
+        progress: Callable[[], tuple[int, int]] | None = None,
+    ) -> None:
+        super().__init__(range(size), num_replicas, rank, shuffle=True, seed=seed, drop_last=True)  # type: ignore[arg-type]
+        self.batch_size = batch_size
+        self.progress = progress
+
+    def __iter__(self) -> Iterator[int]:
+        """Yield ``epoch * size + index`` of this process's share, from the first batch that is not done."""
+        epoch, done = self.progress() if self.progress else (self.epoch, 0)
+        if not self.progress:
+            self.epoch += 1
+        size = len(self.dataset)  # type: ignore[arg-type]
+        order = torch.randperm(size, generator=_generator(self.seed, epoch))
+        share = order[self.rank :: self.num_replicas][: len(self)]
+        yield from (epoch * size + share[done * self.batch_size :]).tolist()
+
+
+class EpochDataset(Dataset[Batch]):
+    """Base of data sets whose samples are asked for as ``epoch * len(self) + index``, a whole batch at once.
+
+    Args:
+        size: number of samples.
+        columns: how many random numbers a sample needs.
+        augmented: whether these are training samples.
+
+    Attributes:
+        seed: draws the random numbers, together with the epoch.
+        device: where batches are made.
+    """
+
+    def __init__(self, size: int, columns: int, augmented: bool) -> None:
+        self.size = size
+        self.columns = columns
+        self.augmented = augmented
+        self.seed = 0
+        self.device = torch.device("cpu")
+        self._draws: tuple[int, Tensor] = (-1, torch.empty(0))
+
+    def __len__(self) -> int:
+        return self.size
+
+    def __getitem__(self, key: int) -> Batch:
+        """One sample without a batch dimension."""
+        return cast("Batch", {name: value[0] for name, value in self.__getitems__([key]).items()})  # type: ignore[index]
+
+    def __getitems__(self, keys: Sequence[int]) -> Batch:
+        """One batch, all of one epoch; the DataLoader prefers this to one call a sample."""
+        epoch = int(keys[0]) // self.size
+        index = torch.as_tensor(keys, device=self.device) - epoch * self.size
+        return cast("Batch", self.read(index, self._draw(epoch, index)))
+
+    @abstractmethod
+    def read(self, index: Tensor, draws: Tensor) -> dict[str, Tensor]:
+        """Make one batch.
+
+        Args:
+            index: positions, int64, shape ``(B,)``.
+            draws: random numbers in [0, 1) of these samples in this epoch, float64, shape ``(B, columns)``.
+        """
+
+    @abstractmethod
+    def only(self, index: Tensor) -> EpochDataset:
+        """The same with fewer samples, given their positions."""
+
+    def _draw(self, epoch: int, index: Tensor) -> Tensor:
+        """The random numbers of some samples; those of all samples are drawn when an epoch starts."""
+        if not self.augmented:
+            return torch.empty(len(index), 0)
+        if self._draws[0] != epoch:
+            table = torch.rand(self.size, self.columns, generator=_generator(self.seed, epoch, 1), dtype=torch.float64)
+            self._draws = (epoch, table.to(self.device))
+        return self._draws[1][index]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_draws": (-1, torch.empty(0))}
+
+
+class EpochLoader(DataLoader[Batch]):
+    """A DataLoader that asks its sampler for the first time when the first batch is wanted, not before."""
+
+    def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
+        yield from super().__iter__()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Nothing: the trainer's own count of batches says where to go on; Lightning asks whether it is known."""
+        return {}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Nothing to take up."""
+
+
+def _generator(*numbers: int) -> torch.Generator:
+    """A generator for a tuple of numbers, unrelated to that of any other tuple."""
+    seed = np.random.SeedSequence([number % 2**64 for number in numbers]).generate_state(1, np.uint64)[0]
+    return torch.Generator().manual_seed(int(seed) % 2**63)
