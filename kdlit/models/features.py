@@ -43,7 +43,7 @@ class FeatureTap:
             raise TypeError(f"layer {path!r} gave {type(output).__name__}, but only tensors can be used as features")
         if path in self._overwritten:
             output = output.clone()
-        self._caught[path] = (output, output._version)
+        self._caught[path] = (output, _version(output))
 
     def take(self) -> dict[str, Tensor]:
         """Return what the last forward pass gave, by path, and forget it.
@@ -54,7 +54,7 @@ class FeatureTap:
         caught, self._caught = self._caught, {}
         if missing := self._paths - caught.keys():
             raise RuntimeError(f"the forward pass did not go through layer {', '.join(sorted(missing))}")
-        self._overwritten |= {path for path, (output, version) in caught.items() if output._version != version}
+        self._overwritten |= {path for path, (output, version) in caught.items() if _version(output) != version}
         return {path: output for path, (output, _) in caught.items()}
 
     def forget(self) -> None:
@@ -76,6 +76,11 @@ class _Catch:
 
     def __call__(self, module: nn.Module, args: object, output: object) -> None:
         self.tap.catch(self.path, output)
+
+
+def _version(output: Tensor) -> int:
+    """How often a tensor has been written to; 0 in inference mode, where nobody counts and earlier passes must do."""
+    return 0 if output.is_inference() else output._version
 
 
 def find_layer(model: nn.Module, path: str) -> nn.Module:
