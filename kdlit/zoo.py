@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import csv
 import inspect
-import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from importlib import resources
@@ -25,14 +24,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from kdlit import models
 
-# Nothing is listed twice: a function of kdlit.models that takes num_classes is a network, its image size follows from
-# that number unless it has one of its own, and its feature layers are those that its docstring names.
+# Nothing is listed twice: a function of kdlit.models that takes num_classes is a network, and its image size follows
+# from that number unless it has one of its own.
 IMAGE_SIZES = {100: 32, 200: 64, 1000: 224}  # pixels by classes: CIFAR-100, Tiny-ImageNet, ImageNet
-IMAGENET_RESNET = ("relu", "layer1", "layer2", "layer3", "layer4", "avgpool")
-TORCHVISION = {  # the ImageNet forms that the papers use, and their feature layers
-    **{f"resnet{depth}": IMAGENET_RESNET for depth in (18, 34, 50, 101, 152)},
-    "mobilenet_v2": ("features.1", "features.3", "features.6", "features.13", "features.18"),
-}
+TORCHVISION = (*(f"resnet{depth}" for depth in (18, 34, 50, 101, 152)), "mobilenet_v2")  # the papers' on ImageNet
 
 
 class Figure(NamedTuple):
@@ -114,32 +109,16 @@ def _measured(part: str) -> Iterator[Network]:
             continue
         with FlopCounterMode(display=False) as counter:
             network(torch.empty(1, 3, image_size, image_size, device="meta"))
+        layers = models.feature_layers(network)
         yield Network(
             name,
             image_size,
             num_classes,
             parameters=sum(parameter.numel() for parameter in network.parameters()),
             multiply_adds=counter.get_total_flops() // 2,
-            feature_layers=_feature_layers(name, constructor, network),
+            feature_layers=(*layers.maps, layers.pool),
             accuracy=tuple(published.get(name, [])),
         )
-
-
-def _feature_layers(name: str, constructor: Callable[..., nn.Module], network: nn.Module) -> tuple[str, ...]:
-    """Read the paths in the docstring of a constructor or, if that names none, of the network's class."""
-    library, _, short = name.rpartition(".")
-    if library:
-        return TORCHVISION[short]
-    for text in (inspect.getdoc(constructor) or "", inspect.getdoc(type(network)) or ""):
-        if found := re.search(r"Paths of (?:the published )?feature maps[^:]*:(.*?)(?:;|\.\s|\.$)", text, re.DOTALL):
-            ranges = re.sub(r"``(\w+?)(\d+)`` to ``\1(\d+)``", _all_of, found[1])
-            return tuple(re.findall(r"``([\w.]+)``", ranges))
-    return ()
-
-
-def _all_of(ends: re.Match[str]) -> str:
-    stem, first, last = ends.groups()
-    return ", ".join(f"``{stem}{i}``" for i in range(int(first), int(last) + 1))
 
 
 def _published() -> dict[str, list[Figure]]:

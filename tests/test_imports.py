@@ -11,7 +11,7 @@ ALLOWED = {
     "files": {"torch", "lightning"},
     "optim": {"torch"},
     "loggers": {"lightning", "kdlit.files"},
-    "losses": {"torch", "kdlit.types", "kdlit.models.features"},
+    "losses": {"torch", "kdlit.types", "kdlit.models.features", "kdlit.models.layers"},
     "models": {"torch", "torchvision", "safetensors", "timm"},
     "data": {
         "torch",

@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 
 import pytest
+import yaml
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -42,6 +43,18 @@ def test_commands_are_understood(command, kdlit_cli, monkeypatch):
     out = kdlit_cli(*arguments, "--print_config")
     assert "class_path: kdlit.modules.ClassificationDistillation" in out
     assert "error" not in out
+
+
+@pytest.mark.parametrize("text", blocks("yaml"), ids=["teacher_input"])
+def test_configs_are_understood(text, kdlit_cli, monkeypatch, tmp_path):
+    path = tmp_path / "readme.yaml"
+    path.write_text(text)
+    monkeypatch.chdir(ROOT)
+    pair = "configs/imagenet/pairs/resnet34_resnet18.yaml"
+    out = kdlit_cli("fit", "--config", pair, "--config", path, "--model.losses.ce=CrossEntropyLoss", "--print_config")
+    config = yaml.safe_load(out.split("exit")[0])
+    assert config["data"]["init_args"]["teacher_input"]["size"] == 384
+    assert config["model"]["init_args"]["teacher_input_size"] == [3, 384, 384]
 
 
 def test_there_are_exactly_two_set_up_commands():

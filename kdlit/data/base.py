@@ -146,6 +146,12 @@ class SplitDataModule(L.LightningDataModule):
         kept = score.argsort(descending=True, stable=True)[: round(self.subset * len(train))].sort().values
         self.datasets["train"] = train.only(kept if self.trainer is None else self.trainer.strategy.broadcast(kept))
 
+    @property
+    def train_target(self) -> Tensor:
+        """Labels of the training pictures in the order of ``batch["index"]``, int64, shape ``(N,)``."""
+        self._take_subset()
+        return self.datasets["train"].labels
+
     # Loaders
 
     def _loader(self, split: str) -> DataLoader[Batch]:
@@ -260,6 +266,11 @@ class PictureDataset(EpochDataset):
         """Move the pictures, so that batches are made there."""
         self.device = device
         self.pictures = Pictures(self.pictures.image.to(device), self.pictures.target.to(device))
+
+    @property
+    def labels(self) -> Tensor:
+        """Of all pictures, int64, shape ``(N,)``."""
+        return self.pictures.target
 
     def only(self, index: Tensor) -> PictureDataset:
         """The same with fewer pictures."""

@@ -141,6 +141,11 @@ class PhotographDataset(EpochDataset):
         self.data = data
         self.broken = torch.zeros(len(positions), dtype=torch.bool).share_memory_()  # type: ignore[no-untyped-call]
 
+    @property
+    def labels(self) -> Tensor:
+        """Of all pictures, int64, shape ``(N,)``."""
+        return self.target[self.positions]
+
     def only(self, index: Tensor) -> PhotographDataset:
         """The same with fewer pictures."""
         return PhotographDataset(self.photographs, self.positions[index], self.target, self.data, self.augmented)

@@ -102,6 +102,11 @@ class EpochDataset(Dataset[Batch]):
             draws: random numbers in [0, 1) of these samples in this epoch, float64, shape ``(B, columns)``.
         """
 
+    @property
+    @abstractmethod
+    def labels(self) -> Tensor:
+        """Of all samples, int64, shape ``(N,)``."""
+
     @abstractmethod
     def only(self, index: Tensor) -> EpochDataset:
         """The same with fewer samples, given their positions."""

@@ -15,6 +15,7 @@ from kdlit.losses.dkd import DKDLoss, dkd_loss
 from kdlit.losses.dkd_auto import AutoBetaDKDLoss, logit_gap
 from kdlit.losses.dml import DMLLoss, dml_loss
 from kdlit.losses.ea import EntropyWeighting, entropy_weight
+from kdlit.losses.feature import FeatureLoss
 from kdlit.losses.head import OnHead
 from kdlit.losses.kd import KDLoss, kd_loss
 from kdlit.losses.la import LALoss, la_loss, swap_label_logit
@@ -53,6 +54,7 @@ __all__ = [
     "DMLLoss",
     "DistillationLoss",
     "EntropyWeighting",
+    "FeatureLoss",
     "GlobalTemperature",
     "InstanceTemperature",
     "KDLoss",

@@ -33,13 +33,32 @@ class DistillationLoss(nn.Module):
     needs_strong_view: bool = False
     reads_sample_weight: bool = False
 
-    def setup(self, student: nn.Module, teacher: nn.Module | None, example: Tensor) -> None:
+    def extend_student(self, student: nn.Module, teacher: nn.Module | None, example: Tensor) -> nn.Module:
+        """Return the network to train, measure and export: the student, or a larger one around it.
+
+        Called once, before :meth:`setup` of all losses; the arguments are those of the latter.
+        """
+        return student
+
+    def setup(
+        self, student: nn.Module, teacher: nn.Module | None, example: Tensor, teacher_example: Tensor | None = None
+    ) -> None:
         """Build what depends on the networks; called once, when the module is built and before the optimizer is.
+
+        Afterwards ``student_layers`` and ``teacher_layers`` are settled.
 
         Args:
             student: the network that will be trained.
             teacher: the frozen network, or None if the module has none.
             example: a batch of one black picture, shape ``(1, *input_size)``.
+            teacher_example: likewise for the teacher, given only where it has an input of its own.
+        """
+
+    def on_fit_start(self, target: Tensor | None) -> None:
+        """Learn about the training data before the run begins or a checkpoint is loaded.
+
+        Args:
+            target: labels in the order of ``batch["index"]``, int64, shape ``(N,)``; None if the data does not tell.
         """
 
     def on_train_epoch_start(self, epoch: int, max_epochs: int) -> None:
@@ -77,11 +96,19 @@ class LossWrapper(DistillationLoss):
     def __init__(self, loss: DistillationLoss) -> None:
         super().__init__()
         self.loss = loss
-        self.student_layers = loss.student_layers
-        self.teacher_layers = loss.teacher_layers
         self.needs_teacher = loss.needs_teacher
         self.needs_strong_view = loss.needs_strong_view
         self.reads_sample_weight = loss.reads_sample_weight
+
+    @property
+    def student_layers(self) -> Sequence[str]:  # type: ignore[override]
+        """Those of the wrapped loss."""
+        return self.loss.student_layers
+
+    @property
+    def teacher_layers(self) -> Sequence[str]:  # type: ignore[override]
+        """Those of the wrapped loss."""
+        return self.loss.teacher_layers
 
     @property
     def innermost(self) -> DistillationLoss:
@@ -94,9 +121,17 @@ class LossWrapper(DistillationLoss):
         """What the wrapped loss gets in :meth:`forward` and :meth:`on_train_batch_end`: here, the same."""
         return student, teacher, batch
 
-    def setup(self, student: nn.Module, teacher: nn.Module | None, example: Tensor) -> None:
+    def extend_student(self, student: nn.Module, teacher: nn.Module | None, example: Tensor) -> nn.Module:
+        """Let the wrapped loss decide."""
+        return self.loss.extend_student(student, teacher, example)
+
+    def setup(self, student: nn.Module, teacher: nn.Module | None, *examples: Tensor) -> None:  # type: ignore[override]
         """Set up the wrapped loss."""
-        self.loss.setup(student, teacher, example)
+        self.loss.setup(student, teacher, *examples)
+
+    def on_fit_start(self, target: Tensor | None) -> None:
+        """Tell the wrapped loss."""
+        self.loss.on_fit_start(target)
 
     def on_train_epoch_start(self, epoch: int, max_epochs: int) -> None:
         """Tell the wrapped loss."""

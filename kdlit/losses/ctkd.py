@@ -197,10 +197,10 @@ class InstanceTemperature(LearnableTemperature):
         self.hidden = check_positive("hidden", hidden)
         self.predictor = nn.Sequential()
 
-    def setup(self, student: nn.Module, teacher: nn.Module | None, example: Tensor) -> None:
+    def setup(self, student: nn.Module, teacher: nn.Module | None, *examples: Tensor) -> None:  # type: ignore[override]
         """Build the layers for the number of classes that the student has."""
-        super().setup(student, teacher, example)
-        logits = dry_run(student, example)
+        super().setup(student, teacher, *examples)
+        logits = dry_run(student, examples[0])
         if not isinstance(logits, Tensor):
             raise ValueError(f"student must give logits, got {type(logits).__name__}")
         self.predictor = nn.Sequential(

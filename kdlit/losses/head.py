@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 
 from kdlit.losses.base import DistillationLoss, LossWrapper
 from kdlit.types import Batch, ModelOutput
@@ -22,12 +23,16 @@ class OnHead(LossWrapper):
         ValueError: If the wrapped loss reads the strong view, or the layer gives something else.
     """
 
-    def __init__(self, loss: DistillationLoss, layer: str) -> None:
+    def __init__(self, loss: DistillationLoss, layer: str = "head") -> None:
         super().__init__(loss)
         if loss.needs_strong_view:
             raise ValueError(f"OnHead takes one view, but {type(self.innermost).__name__} needs a second")
         self.layer = layer
-        self.student_layers = (*loss.student_layers, layer)
+
+    @property
+    def student_layers(self) -> Sequence[str]:  # type: ignore[override]
+        """Those of the wrapped loss and the head."""
+        return (*self.loss.student_layers, self.layer)
 
     def inputs(
         self, student: ModelOutput, teacher: ModelOutput, batch: Batch

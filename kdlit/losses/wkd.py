@@ -196,7 +196,9 @@ class WKDLoss(DistillationLoss):
         self.iterations = check_positive("iterations", iterations)
         self.sharpness = check_positive("sharpness", sharpness)
 
-    def setup(self, student: nn.Module, teacher: nn.Module | None, example: Tensor) -> None:
+    def setup(
+        self, student: nn.Module, teacher: nn.Module | None, example: Tensor, teacher_example: Tensor | None = None
+    ) -> None:
         """Take the distances from the teacher's classifier."""
         weight = getattr(find_layer(teacher, self.teacher_classifier), "weight", None) if teacher else None
         if not isinstance(weight, Tensor):

@@ -7,6 +7,7 @@
 from kdlit.models.checkpoint import CheckpointError, from_checkpoint
 from kdlit.models.digits import digit_pairs_teacher
 from kdlit.models.features import FeatureTap, feature_shapes
+from kdlit.models.layers import FeatureLayers, feature_layers
 from kdlit.models.mobilenetv1 import MobileNetV1, mobilenetv1
 from kdlit.models.mobilenetv2 import MobileNetV2, MobileNetV2TinyImageNet, mobilenetv2, mobilenetv2_tinyimagenet
 from kdlit.models.pvt import PVT, pvt_tiny
@@ -42,6 +43,7 @@ __all__ = [
     "PVT",
     "VGG",
     "CheckpointError",
+    "FeatureLayers",
     "FeatureTap",
     "FourStageResNet",
     "MobileNetV1",
@@ -56,6 +58,7 @@ __all__ = [
     "deit_tiny",
     "deit_tiny_distilled",
     "digit_pairs_teacher",
+    "feature_layers",
     "feature_shapes",
     "from_checkpoint",
     "mobilenetv1",

@@ -5,25 +5,29 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
 
 class FeatureTap:
-    """Catches the outputs of some layers of a network during its forward pass.
+    """Catches what some layers of a network give, or are given, during its forward pass.
 
-    Register the tap before the network is compiled: hooks added later are not called by compiled code. A layer whose
-    output is overwritten in place by what follows it (a ReLU with ``inplace=True``) is noticed on the first pass; from
-    then on the tap keeps a copy of that output.
+    A path names the layer whose output is wanted, such as ``layer3.0.bn2``; with ``.input`` after it, what the layer is
+    given first, such as ``fc.input``, the pooled feature. Of a layer that is called several times the last call counts.
+
+    Register the tap before the network is compiled: hooks added later are not called by compiled code. A value that is
+    overwritten in place by what follows (a ReLU with ``inplace=True``) is noticed on the first pass; from then on the
+    tap keeps a copy.
 
     Args:
         model: the network to watch.
-        paths: dotted paths of its layers, such as ``layer3.0.bn2``.
+        paths: dotted paths of its layers.
 
     Raises:
         ValueError: If a path does not exist; the message lists close names.
@@ -33,17 +37,21 @@ class FeatureTap:
         self._caught: dict[str, tuple[Tensor, int]] = {}
         self._overwritten: set[str] = set()
         self._paths = frozenset(paths)
-        self._handles = [
-            find_layer(model, path).register_forward_hook(_Catch(self, path)) for path in sorted(self._paths)
-        ]
+        self._handles = [self._hook(model, path) for path in sorted(self._paths)]
 
-    def catch(self, path: str, output: object) -> None:
-        """Remember the output of the layer at ``path``; called by the hook."""
-        if not isinstance(output, Tensor):
-            raise TypeError(f"layer {path!r} gave {type(output).__name__}, but only tensors can be used as features")
+    def _hook(self, model: nn.Module, path: str) -> RemovableHandle:
+        layer, at_input = _locate(model, path)
+        if at_input:
+            return layer.register_forward_pre_hook(_CatchInput(self, path))
+        return layer.register_forward_hook(_Catch(self, path))
+
+    def catch(self, path: str, value: object) -> None:
+        """Remember what was caught at ``path``; called by the hook."""
+        if not isinstance(value, Tensor):
+            raise TypeError(f"layer {path!r} gave {type(value).__name__}, but only tensors can be used as features")
         if path in self._overwritten:
-            output = output.clone()
-        self._caught[path] = (output, _version(output))
+            value = value.clone()
+        self._caught[path] = (value, _version(value))
 
     def take(self) -> dict[str, Tensor]:
         """Return what the last forward pass gave, by path, and forget it.
@@ -54,8 +62,8 @@ class FeatureTap:
         caught, self._caught = self._caught, {}
         if missing := self._paths - caught.keys():
             raise RuntimeError(f"the forward pass did not go through layer {', '.join(sorted(missing))}")
-        self._overwritten |= {path for path, (output, version) in caught.items() if _version(output) != version}
-        return {path: output for path, (output, _) in caught.items()}
+        self._overwritten |= {path for path, (value, version) in caught.items() if _version(value) != version}
+        return {path: value for path, (value, _) in caught.items()}
 
     def forget(self) -> None:
         """Drop what the last forward pass gave."""
@@ -74,13 +82,28 @@ class _Catch:
         self.tap = tap
         self.path = path
 
-    def __call__(self, module: nn.Module, args: object, output: object) -> None:
+    def __call__(self, module: nn.Module, args: Any, output: object) -> None:
         self.tap.catch(self.path, output)
 
 
-def _version(output: Tensor) -> int:
+class _CatchInput(_Catch):
+    """The same for what a layer is given."""
+
+    def __call__(self, module: nn.Module, args: Any, output: object = None) -> None:
+        self.tap.catch(self.path, args[0] if args else None)
+
+
+def _version(value: Tensor) -> int:
     """How often a tensor has been written to; 0 in inference mode, where nobody counts and earlier passes must do."""
-    return 0 if output.is_inference() else output._version
+    return 0 if value.is_inference() else value._version
+
+
+def _locate(model: nn.Module, path: str) -> tuple[nn.Module, bool]:
+    """The layer of a path, and whether its input is meant; a layer of the name ``input`` comes first."""
+    owner = path.removesuffix(".input")
+    if owner != path and path not in dict(model.named_modules()):
+        return find_layer(model, owner), True
+    return find_layer(model, path), False
 
 
 def find_layer(model: nn.Module, path: str) -> nn.Module:

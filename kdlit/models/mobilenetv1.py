@@ -8,6 +8,7 @@ Howard et al. 2017, "MobileNets: Efficient Convolutional Neural Networks for Mob
 from torch import Tensor, nn
 
 from kdlit.models._common import check_count, check_image, conv1x1, conv3x3, depthwise3x3, global_pool
+from kdlit.models.layers import FeatureLayers
 
 STEM_WIDTH = 32
 BLOCKS = (  # channels and stride
@@ -42,6 +43,13 @@ class MobileNetV1(nn.Module):
             in_width = out_width
         self.pool = global_pool()
         self.fc = nn.Linear(in_width, check_count("num_classes", num_classes))
+
+    @property
+    def feature_layers(self) -> FeatureLayers:
+        """Where to look inside."""
+        maps = ("model.3", "model.5", "model.11", "model.13")
+        norms = tuple(f"{path}.4" for path in maps)
+        return FeatureLayers(maps, norms, norms, "pool", "fc")
 
     def forward(self, image: Tensor) -> Tensor:
         """Classify images of any size from 32x32 on; the published network expects 224x224.

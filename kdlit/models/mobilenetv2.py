@@ -21,6 +21,7 @@ from kdlit.models._common import (
     init_convs,
     stage,
 )
+from kdlit.models.layers import FeatureLayers
 
 LAST_WIDTH = 1280
 STAGES = (  # expansion, channels at full width, blocks, stride of the first
@@ -104,6 +105,14 @@ class MobileNetV2(nn.Module):
         init_convs(self)
         init_classifier(linear)
 
+    @property
+    def feature_layers(self) -> FeatureLayers:
+        """Where to look inside."""
+        maps = ("conv1", "blocks.1", "blocks.2", "blocks.4", "blocks.6")
+        last = [f"{path}.{len(self.get_submodule(path)) - 1}" for path in maps[1:]]  # type: ignore[arg-type]
+        norms = tuple(f"{block}.conv.7" for block in last)
+        return FeatureLayers(maps, maps, norms, "pool", "classifier.0")
+
     def forward(self, image: Tensor) -> Tensor:
         """Classify images of any size from 16x16 on; the published weights expect 32x32.
 
@@ -149,6 +158,12 @@ class MobileNetV2TinyImageNet(nn.Module):
         self.conv1 = nn.Sequential(conv1x1(320, LAST_WIDTH, bias=True), nn.BatchNorm2d(LAST_WIDTH), nn.ReLU6())
         self.pool = global_pool()
         self.conv2 = conv1x1(LAST_WIDTH, check_count("num_classes", num_classes), bias=True)
+
+    @property
+    def feature_layers(self) -> FeatureLayers:
+        """Where to look inside."""
+        maps = ("pre", "stage2", "stage3", "stage4", "conv1")
+        return FeatureLayers(maps, maps, pool="pool", classifier="conv2")
 
     def forward(self, image: Tensor) -> Tensor:
         """Classify images of any size from 8x8 on; the published weights expect 64x64 or 32x32.

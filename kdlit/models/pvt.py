@@ -20,6 +20,7 @@ from kdlit.models._transformer import (
     init_linears,
     to_square,
 )
+from kdlit.models.layers import FeatureLayers
 
 STAGES = (  # channels, heads, MLP ratio, spatial reduction of keys and values, size of a patch
     (64, 1, 8, 8, 4),
@@ -120,6 +121,12 @@ class PVT(nn.Module):
         self.norm = nn.LayerNorm(in_width, eps=EPS)
         self.head = nn.Linear(in_width, check_count("num_classes", num_classes))
         init_linears(self)
+
+    @property
+    def feature_layers(self) -> FeatureLayers:
+        """Where to look inside."""
+        maps = tuple(f"block{stage}.{len(getattr(self, f'block{stage}')) - 1}" for stage in range(1, 5))
+        return FeatureLayers(maps, maps, pool="head.input", classifier="head")
 
     def forward(self, image: Tensor) -> Tensor:
         """Classify images.

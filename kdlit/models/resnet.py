@@ -19,6 +19,7 @@ from kdlit.models._common import (
     init_convs,
     stage,
 )
+from kdlit.models.layers import FeatureLayers
 
 X4_WIDTHS = (32, 64, 128, 256)
 
@@ -53,6 +54,19 @@ class ResNet(nn.Module):
         self.pool = global_pool()
         self.fc = nn.Linear(width3, check_count("num_classes", num_classes))
         init_convs(self)
+
+    @property
+    def feature_layers(self) -> FeatureLayers:
+        """Where to look inside."""
+        last = len(self.layer1) - 1
+        stages = ("layer1", "layer2", "layer3")
+        return FeatureLayers(
+            ("relu", *stages),
+            ("relu", *(f"{stage}.{last}.preact" for stage in stages)),
+            tuple(f"{stage}.{last}.bn2" for stage in stages),
+            pool="pool",
+            classifier="fc",
+        )
 
     def forward(self, image: Tensor) -> Tensor:
         """Classify images of any size from 4x4 on; the published weights expect 32x32.

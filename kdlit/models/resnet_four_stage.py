@@ -22,6 +22,7 @@ from kdlit.models._common import (
     init_convs,
     stage,
 )
+from kdlit.models.layers import FeatureLayers
 
 MIN_IMAGE_SIZE = 8  # three stages of stride 2
 
@@ -101,6 +102,20 @@ class FourStageResNet(nn.Module):
         self.pool = global_pool()
         self.linear = nn.Linear(width4, check_count("num_classes", num_classes))
         init_convs(self)
+
+    @property
+    def feature_layers(self) -> FeatureLayers:
+        """Where to look inside."""
+        stages = ("layer1", "layer2", "layer3", "layer4")
+        last = [f"{stage}.{len(getattr(self, stage)) - 1}" for stage in stages]
+        norm = "bn3" if isinstance(self.layer1[0], Bottleneck) else "bn2"
+        return FeatureLayers(
+            ("relu", *stages),
+            ("relu", *(f"{block}.preact" for block in last)),
+            tuple(f"{block}.{norm}" for block in last),
+            pool="pool",
+            classifier="linear",
+        )
 
     def forward(self, image: Tensor) -> Tensor:
         """Classify images of any size from 8x8 on; the published weights expect 32x32 or 64x64.

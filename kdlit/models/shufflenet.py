@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn.functional import avg_pool2d, relu
 
 from kdlit.models._common import check_count, check_image, conv1x1, depthwise3x3, global_pool, stage
+from kdlit.models.layers import FeatureLayers
 
 STEM_WIDTH = 24
 GROUPS = 3  # of V1
@@ -122,6 +123,13 @@ class _ShuffleNet(nn.Module):
         self.layer1 = stage(block, STEM_WIDTH, widths[0], n_blocks=4, stride=2)
         self.layer2 = stage(block, widths[0], widths[1], n_blocks=8, stride=2)
         self.layer3 = stage(block, widths[1], widths[2], n_blocks=4, stride=2)
+
+    @property
+    def feature_layers(self) -> FeatureLayers:
+        """Where to look inside."""
+        stages = {"layer1": 3, "layer2": 7, "layer3": 3}
+        preact = (f"{stage}.{last}.preact" for stage, last in stages.items())
+        return FeatureLayers(("relu", *stages), ("relu", *preact), pool="pool", classifier="linear")
 
     def stages(self, image: Tensor) -> Tensor:
         check_image(image, MIN_IMAGE_SIZE)

@@ -22,6 +22,7 @@ from kdlit.models._transformer import (
     init_linears,
     to_square,
 )
+from kdlit.models.layers import FeatureLayers
 
 TOKEN_WIDTH = 64
 SPLITS = ((7, 4, 2), (3, 2, 1), (3, 2, 1))  # kernel, stride and padding of the three overlapping splits
@@ -157,6 +158,12 @@ class T2TViT(nn.Module):
         self.norm = nn.LayerNorm(width)
         self.head = nn.Linear(width, check_count("num_classes", num_classes))
         init_linears(self)
+
+    @property
+    def feature_layers(self) -> FeatureLayers:
+        """Where to look inside."""
+        maps = tuple(f"layers.{index}" for index in range(len(self.layers)))
+        return FeatureLayers(maps, maps, pool="head.input", classifier="head")
 
     def forward(self, image: Tensor) -> Tensor:
         """Classify images.

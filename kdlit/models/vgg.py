@@ -12,6 +12,7 @@ from itertools import pairwise
 from torch import Tensor, nn
 
 from kdlit.models._common import check_count, check_image, global_pool, init_classifier, init_convs
+from kdlit.models.layers import FeatureLayers
 
 WIDTHS = (64, 128, 256, 512, 512)
 HEIGHT_OF_FOURTH_POOL = 64  # the published networks pool once more after block3 if, and only if, images are this high
@@ -47,6 +48,13 @@ class VGG(nn.Module):
         self.classifier = nn.Linear(widths[-1], check_count("num_classes", num_classes))
         init_convs(self)
         init_classifier(self.classifier)
+
+    @property
+    def feature_layers(self) -> FeatureLayers:
+        """Where to look inside."""
+        blocks = [f"block{number}" for number in range(5)]
+        norms = tuple(f"{block}.{len(getattr(self, block)) - 1}" for block in blocks[1:])
+        return FeatureLayers(tuple(f"relu{number}" for number in range(5)), tuple(blocks), norms, "pool", "classifier")
 
     def forward(self, image: Tensor) -> Tensor:
         """Classify images of any size from 8x8 on; the published weights expect 32x32 or 64x64.

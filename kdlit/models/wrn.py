@@ -19,6 +19,7 @@ from kdlit.models._common import (
     init_convs,
     stage,
 )
+from kdlit.models.layers import FeatureLayers
 
 
 class PreactBlock(nn.Module):
@@ -71,6 +72,12 @@ class WideResNet(nn.Module):
         self.fc = nn.Linear(width3, check_count("num_classes", num_classes))
         init_convs(self)
         nn.init.zeros_(self.fc.bias)
+
+    @property
+    def feature_layers(self) -> FeatureLayers:
+        """Where to look inside."""
+        norms = ("block2.layer.0.bn1", "block3.layer.0.bn1", "bn1")
+        return FeatureLayers(("conv1", "block1", "block2", "block3"), ("conv1", *norms), norms, "pool", "fc")
 
     def forward(self, image: Tensor) -> Tensor:
         """Classify images of any size from 4x4 on; the published weights expect 32x32.

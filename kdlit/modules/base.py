@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, cast
 
 import lightning as L
@@ -71,20 +71,17 @@ class DistillationModule(L.LightningModule):
 
         if teacher is not None and {id(p) for p in student.parameters()} & {id(p) for p in teacher.parameters()}:
             raise ValueError("student and teacher share parameters; give the teacher its own copy (copy.deepcopy)")
-        self._channels = input_size[0]
-        example = torch.zeros(1, *input_size)
         terms = self._terms()
         for name, term in terms.items():
             if self.teacher is None and term.needs_teacher:
                 raise ValueError(f"losses.{name} ({type(term.loss).__name__}) needs a teacher, but teacher is None")
-        self._student_tap = FeatureTap(student, (path for term in terms.values() for path in term.student_layers))
-        self.num_classes = self._probe("student", student, example, self._student_tap)
+        self._channels = input_size[0]
         self._teacher_has_own_input = teacher_input_size is not None
+        example = torch.zeros(1, *input_size)
+        teacher_example = torch.zeros(1, *(teacher_input_size or input_size))
+        self.num_classes = self._count_classes("student", student, example)
         if teacher is not None:
-            self._teacher_tap = FeatureTap(teacher, (path for term in terms.values() for path in term.teacher_layers))
-            teacher_example = torch.zeros(1, *(teacher_input_size or input_size))
-            teacher_classes = self._probe("teacher", teacher, teacher_example, self._teacher_tap)
-            if teacher_classes != self.num_classes:
+            if (teacher_classes := self._count_classes("teacher", teacher, teacher_example)) != self.num_classes:
                 raise ValueError(
                     f"student and teacher must have the same classes, but the student gives {self.num_classes} logits "
                     f"and the teacher {teacher_classes}; set num_classes of the student to {teacher_classes}"
@@ -92,28 +89,46 @@ class DistillationModule(L.LightningModule):
             # DDP reads this attribute of the module it wraps and then broadcasts nothing of the teacher.
             self._ddp_params_and_buffers_to_ignore = [f"teacher.{name}" for name in teacher.state_dict()]
         for term in terms.values():
-            term.setup(student, teacher, example)
+            self.student = term.extend_student(self.student, teacher, example)
+        for term in terms.values():
+            term.setup(self.student, teacher, example, *([teacher_example] if self._teacher_has_own_input else []))
+        layers = {path for term in terms.values() for path in term.student_layers}
+        self._student_tap = self._tap("student", self.student, example, layers)
+        if teacher is not None:
+            layers = {path for term in terms.values() for path in term.teacher_layers}
+            self._teacher_tap = self._tap("teacher", teacher, teacher_example, layers)
 
     def _terms(self) -> dict[str, WeightedLoss]:
         return cast("dict[str, WeightedLoss]", dict(self.losses.items()))
 
-    def _probe(self, role: str, model: nn.Module, example: Tensor, tap: FeatureTap) -> int:
-        """Check that a network maps pictures to logits through the layers asked for; return how many classes it has."""
-        try:
-            output = dry_run(model, example)
-            tap.take()
-        except Exception as error:
-            raise ValueError(
-                f"the {role} ({type(model).__name__}) cannot take pictures of input_size "
-                f"{tuple(example.shape[1:])}: {error}"
-            ) from error
-        logits = logits_of(output, role)
+    def _count_classes(self, role: str, model: nn.Module, example: Tensor) -> int:
+        """Check that a network maps pictures to logits; return how many classes it has."""
+        logits = logits_of(self._try(role, model, example), role)
         if logits.ndim != 2 or logits.shape[0] != 1:
             raise ValueError(
                 f"the {role} ({type(model).__name__}) must give logits of shape (batch, classes), but gives "
                 f"{tuple(logits.shape)} for a batch of shape {tuple(example.shape)}"
             )
         return logits.shape[1]
+
+    def _tap(self, role: str, model: nn.Module, example: Tensor, layers: Iterable[str]) -> FeatureTap:
+        """Hook some layers of a network, and check that pictures pass through them."""
+        tap = FeatureTap(model, layers)
+        if layers:
+            self._try(role, model, example, tap)
+        return tap
+
+    def _try(self, role: str, model: nn.Module, example: Tensor, tap: FeatureTap | None = None) -> object:
+        try:
+            output = dry_run(model, example)
+            if tap is not None:
+                tap.take()
+        except Exception as error:
+            raise ValueError(
+                f"the {role} ({type(model).__name__}) cannot take pictures of input_size "
+                f"{tuple(example.shape[1:])}: {error}"
+            ) from error
+        return output
 
     # What a network sees
 
@@ -251,13 +266,17 @@ class DistillationModule(L.LightningModule):
             )
 
     def setup(self, stage: str) -> None:
-        """Refuse a data set with other classes than the networks have."""
-        data_classes = getattr(getattr(self.trainer, "datamodule", None), "num_classes", None)
+        """Refuse a data set with other classes than the networks have, and tell the losses what they train on."""
+        data = getattr(self.trainer, "datamodule", None)
+        data_classes = getattr(data, "num_classes", None)
         if data_classes is not None and data_classes != self.num_classes:
             raise ValueError(
                 f"the data has {data_classes} classes, but the student gives {self.num_classes} logits; "
                 f"set num_classes of student and teacher to {data_classes}"
             )
+        if stage == "fit":
+            for term in self._terms().values():
+                term.on_fit_start(getattr(data, "train_target", None))
 
 
 def weighted_terms(losses: Mapping[str, WeightedLoss | DistillationLoss | None]) -> dict[str, WeightedLoss]:

@@ -13,7 +13,6 @@ from torchmetrics.classification import MulticlassAccuracy
 
 from kdlit.losses import CrossEntropyLoss, DistillationLoss, DMLLoss, WeightedLoss
 from kdlit.losses.functional import widened
-from kdlit.models.features import FeatureTap
 from kdlit.modules.base import as_batch, default_optimizer, logits_of, run_loss, weighted_terms
 from kdlit.modules.classification import ClassificationDistillation
 from kdlit.types import Batch, ModelOutput
@@ -76,13 +75,9 @@ class MutualLearning(ClassificationDistillation):
         self.peers = nn.ModuleDict({name: named[name] for name in others})
         self.names = tuple(named)
 
-        layers = {path for term in wanted.values() for path in (*term.student_layers, *term.teacher_layers)}
-        self._student_tap.remove()
-        self._taps = {name: FeatureTap(student, layers) for name, student in named.items()}
-        self._student_tap = self._taps[first]
         example = torch.zeros(1, *input_size)
         for name, student in named.items():
-            if (classes := self._probe(f"student {name}", student, example, self._taps[name])) != self.num_classes:
+            if (classes := self._count_classes(f"student {name}", student, example)) != self.num_classes:
                 raise ValueError(
                     f"all students must have the same classes, but student {first} gives {self.num_classes} logits and "
                     f"student {name} {classes}; set num_classes of one to that of the other"
@@ -97,10 +92,22 @@ class MutualLearning(ClassificationDistillation):
                     self._pairs[path] = name, peer
                     self.losses[path] = copy.deepcopy(term)
                     self._terms()[path].setup(named[name], named.get(peer), example)
+        self._student_tap.remove()
+        self._taps = {
+            name: self._tap(f"student {name}", student, example, self._layers_of(name))
+            for name, student in named.items()
+        }
+        self._student_tap = self._taps[first]
 
         for stage in ("train", "val", "test"):
             for name in others:
                 self.metrics[f"{stage}_{name}/top1"] = self._accuracy()
+
+    def _layers_of(self, name: str) -> set[str]:
+        """What the losses want to see of a student, as the one that learns and as the one it learns from."""
+        terms = [(self._terms()[path], *pair) for path, pair in self._pairs.items()]
+        learns = {layer for term, student, _ in terms if student == name for layer in term.student_layers}
+        return learns | {layer for term, _, peer in terms if peer == name for layer in term.teacher_layers}
 
     @property
     def students(self) -> dict[str, nn.Module]:
