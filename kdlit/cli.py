@@ -20,7 +20,7 @@ from lightning.pytorch.utilities import rank_zero_only
 
 import kdlit.data  # noqa: F401  classes are known by their short names once imported
 from kdlit import config_errors
-from kdlit.callbacks import PredictionTable, StudentExport, StudentSummary, print_result
+from kdlit.callbacks import PredictionTable, RandomState, StudentExport, StudentSummary, print_result
 from kdlit.files import WholeCheckpointIO, write_whole
 from kdlit.loggers import RunLogger
 from kdlit.modules import DistillationModule
@@ -173,6 +173,7 @@ class KdlitCLI(LightningCLI):
         plugins = trainer.plugins if isinstance(trainer.plugins, list) else [trainer.plugins]
         callbacks: list[L.Callback] = [
             StudentSummary(),
+            RandomState(),
             _ForgetRepeatedSteps(),
             StudentExport(f"{self.run_dir}/student.pt"),
             PredictionTable(f"{self.run_dir}/predictions.csv"),

@@ -26,7 +26,7 @@ ALLOWED = {
         "kdlit.types",
     },
     "modules": {"torch", "torchmetrics", "lightning", "kdlit.types", "kdlit.losses", "kdlit.models.features"},
-    "callbacks": {"torch", "torchmetrics", "lightning", "rich", "kdlit.files", "kdlit.modules"},
+    "callbacks": {"torch", "torchmetrics", "lightning", "rich", "numpy", "kdlit.files", "kdlit.modules"},
 }
 STANDARD = __import__("sys").stdlib_module_names | {"typing_extensions"}
 

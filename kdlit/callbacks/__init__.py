@@ -2,6 +2,7 @@
 
 from kdlit.callbacks.baseline import PlainBaseline
 from kdlit.callbacks.export import PredictionTable, StudentExport
+from kdlit.callbacks.random_state import RandomState
 from kdlit.callbacks.report import StudentSummary, print_result
 
-__all__ = ["PlainBaseline", "PredictionTable", "StudentExport", "StudentSummary", "print_result"]
+__all__ = ["PlainBaseline", "PredictionTable", "RandomState", "StudentExport", "StudentSummary", "print_result"]
