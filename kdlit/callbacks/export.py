@@ -76,7 +76,11 @@ class PredictionTable(BasePredictionWriter):
         table = csv.writer(text)
         has_target = bool(predictions) and "target" in predictions[0]
         table.writerow(["index", "label", "class", "confidence", *(["target"] if has_target else [])])
-        indices = [index for batch in batch_indices[0] for index in batch]
+        indices = (
+            [index for batch in predictions for index in batch["index"].tolist()]
+            if predictions and "index" in predictions[0]
+            else [index for batch in batch_indices[0] for index in batch]
+        )
         columns = ["label", "confidence", *(["target"] if has_target else [])]
         rows = (row for batch in predictions for row in zip(*(batch[key].tolist() for key in columns), strict=True))
         for index, (label, confidence, *target) in zip(indices, rows, strict=True):

@@ -6,6 +6,7 @@ import copy
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import lightning as L
@@ -16,13 +17,17 @@ from torch.utils.data import DataLoader
 from torchvision.transforms import v2
 
 from kdlit.data.inputs import Interpolation, NetworkInput, Views
-from kdlit.data.sampling import EpochDataset, EpochLoader, EpochSampler
+from kdlit.data.sampling import EpochDataset, EpochLoader, EpochSampler, ResumableLoader, Samples, generator
 from kdlit.data.transforms import crop_and_flip, cutout, one_by_one
 from kdlit.types import Batch
 
 
 def _as_it_is(batch: Any) -> Any:
     return batch
+
+
+def _whole(finish: Callable[[Any], Any], samples: Samples) -> Any:
+    return finish(samples.batch)
 
 
 class SplitDataModule(L.LightningDataModule):
@@ -72,7 +77,7 @@ class SplitDataModule(L.LightningDataModule):
         num_workers: int = 0,
         split_seed: int = 0,
         subset: float = 1.0,
-        subset_by: Callable[[DataLoader[Batch]], Tensor] | None = None,
+        subset_by: Callable[[DataLoader[Batch]], Any] | None = None,
         label_noise: float = 0.0,
         noise_seed: int = 0,
         strong_view: bool = False,
@@ -101,11 +106,13 @@ class SplitDataModule(L.LightningDataModule):
         self.strong_view = strong_view
         self.transforms = None if transforms is None else v2.Compose(transforms)
         self.datasets: dict[str, EpochDataset] = {}
-        self._seed: int | None = None
+        self._seed: tuple[int, L.Trainer | None] | None = None
+        self._restored: tuple[int, int] | None = None
+        self._passes = 0
 
     def __getstate__(self) -> dict[str, Any]:
         """What worker processes need of the views, without the trainer and the pictures."""
-        return self.__dict__ | {"trainer": None, "datasets": {}}
+        return self.__dict__ | {"trainer": None, "datasets": {}, "_seed": None}
 
     # Which pictures
 
@@ -137,7 +144,7 @@ class SplitDataModule(L.LightningDataModule):
         train = self.datasets["train"]
         plain = copy.copy(train)
         plain.augmented = False
-        score = ranking(DataLoader(plain, batch_size=self.eval_batch_size, collate_fn=self.collate)).cpu()
+        score = ranking(DataLoader(plain, batch_size=self.eval_batch_size, collate_fn=partial(_whole, _as_it_is))).cpu()
         if score.shape != (len(train),):
             raise ValueError(
                 f"subset_by must give one score for each of {len(train)} training pictures, but gave shape "
@@ -155,46 +162,63 @@ class SplitDataModule(L.LightningDataModule):
     # Loaders
 
     def _loader(self, split: str) -> DataLoader[Batch]:
+        if split not in self.datasets:
+            raise RuntimeError(f"{type(self).__name__} has no {split} pictures yet; call setup('fit') first")
         dataset = self.datasets[split]
         settings: dict[str, Any] = {"batch_size": self.eval_batch_size}
         if split == "train":
             dataset.seed = self._order_seed()
             settings = {"batch_size": self.batch_size, "sampler": self._sampler(dataset)}
-        return EpochLoader(
+        kind = EpochLoader if self.trainer is None else ResumableLoader
+        return kind(
             dataset,
             **settings,
             num_workers=self.num_workers,
             persistent_workers=self.num_workers > 0,
             pin_memory=torch.cuda.is_available() and dataset.device.type == "cpu",
-            collate_fn=self.collate,
+            collate_fn=partial(_whole, self.collate),
             generator=torch.Generator(),  # otherwise each pass draws from the generator that dropout draws from
         )
 
     def _sampler(self, dataset: EpochDataset) -> EpochSampler:
+        sampler = EpochSampler(len(dataset), self.batch_size, dataset.seed)
         trainer = self.trainer
-        if trainer is None:
-            return EpochSampler(len(dataset), self.batch_size, dataset.seed)
 
         def progress() -> tuple[int, int]:
-            return trainer.current_epoch, trainer.fit_loop.epoch_loop.batch_progress.current.ready
+            if trainer is None:
+                self._passes += 1
+                return self._passes - 1, 0
+            # Batches are done only in the trainer's own loader, and of these only when an epoch is taken up again.
+            loaders = trainer.fit_loop._combined_loader.flattened if trainer.training else []  # type: ignore[union-attr]
+            is_own = any(getattr(loader, "sampler", None) is sampler for loader in loaders)
+            done = trainer.fit_loop.epoch_loop.batch_progress.current.ready if is_own and not sampler.passes else 0
+            now = (self.batch_size, trainer.world_size)
+            if done and self._restored not in (None, now):
+                raise ValueError(
+                    f"the checkpoint is from the middle of an epoch with (batch_size, processes) of {self._restored}, "
+                    f"which cannot go on with {now}; use the same, or a checkpoint from the end of an epoch"
+                )
+            return trainer.current_epoch, done
 
-        rank, processes = trainer.global_rank, trainer.world_size
-        return EpochSampler(len(dataset), self.batch_size, dataset.seed, rank, processes, progress)
+        sampler.progress = progress
+        return sampler
 
     def _order_seed(self) -> int:
         """The seed of the run: the same in all its processes, and after a resume."""
-        if self._seed is None:
+        if self._seed is None or self._seed[1] is not self.trainer:
             seed = torch.initial_seed() % 2**32
-            self._seed = seed if self.trainer is None else self.trainer.strategy.broadcast(seed)
-        return self._seed
+            self._seed = (seed if self.trainer is None else self.trainer.strategy.broadcast(seed), self.trainer)
+        return self._seed[0]
 
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run needs to go on with the same order."""
-        return {"seed": self._order_seed()}
+        processes = 1 if self.trainer is None else self.trainer.world_size
+        return {"seed": self._order_seed(), "batch_size": self.batch_size, "processes": processes}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on with the order of the run that is resumed."""
-        self._seed = state_dict["seed"]
+        self._seed = (state_dict["seed"], self.trainer)
+        self._restored = (state_dict["batch_size"], state_dict["processes"])
 
     def train_dataloader(self) -> DataLoader[Batch]:
         """Training pictures, shuffled and augmented."""
@@ -321,6 +345,8 @@ class PictureDataModule(SplitDataModule):
         check_at_least(0, padding=padding)
         if auto_augment and self.transforms is not None:
             raise ValueError("auto_augment and transforms exclude each other; put v2.AutoAugment among the transforms")
+        if (auto_augment or self.strong_view) and len(mean) not in (1, 3):
+            raise ValueError(f"auto_augment and strong_view need pictures of 1 or 3 channels, got mean of {len(mean)}")
         self.padding = padding
         self.flip = flip
         self._policy = v2.AutoAugment(v2.AutoAugmentPolicy.CIFAR10) if auto_augment else None
@@ -383,7 +409,7 @@ class PictureDataModule(SplitDataModule):
         return cutout(image, min(height, width) // 2, row, column)
 
     def _loader(self, split: str) -> DataLoader[Batch]:
-        dataset = self.datasets[split]
+        dataset = self.datasets.get(split)
         if self.trainer is not None and not self.num_workers and isinstance(dataset, PictureDataset):
             dataset.to(self.trainer.strategy.root_device)
         return super()._loader(split)
@@ -428,9 +454,9 @@ def symmetric_noise(target: Tensor, num_classes: int, share: float, seed: int) -
         share: which part of the labels is replaced, in [0, 1).
         seed: draws which, and by what.
     """
-    generator = torch.Generator().manual_seed(seed)
-    chosen = torch.randperm(len(target), generator=generator)[: round(share * len(target))]
-    shift = torch.randint(1, max(2, num_classes), (len(chosen),), generator=generator)
+    draw = generator(seed, 2)  # unrelated to the stream that pictures are held out by
+    chosen = torch.randperm(len(target), generator=draw)[: round(share * len(target))]
+    shift = torch.randint(1, max(2, num_classes), (len(chosen),), generator=draw)
     noisy = target.clone()
     noisy[chosen] = (target[chosen] + shift) % num_classes
     return noisy

@@ -37,7 +37,11 @@ class _CIFAR(PublishedDataModule):
         self.check_folder()
         contents = {name: self._unpickle(name) for name in self.files}
         meta = self.published.meta
-        self.class_names = list(self._entry(contents[meta["filename"]], meta["key"], meta["filename"]))
+        names = self._entry(contents[meta["filename"]], meta["key"], meta["filename"])
+        if not isinstance(names, (list, tuple)) or not names:
+            path = (self.folder / meta["filename"]).absolute()
+            raise ValueError(f"{meta['key']} in {path} must be a list of class names, got {names!r}")
+        self.class_names = list(names)
         lists = {"train": self.published.train_list, "test": self.published.test_list}
         return {split: self._join(contents, [name for name, _ in files]) for split, files in lists.items()}
 

@@ -110,7 +110,10 @@ class ImageNet(SplitDataModule):
         """Say how many files had to be skipped."""
         for split, dataset in self.datasets.items():
             assert isinstance(dataset, PhotographDataset)
-            if skipped := int(dataset.broken.sum()):
+            broken = dataset.broken.int()
+            if self.trainer is not None and self.trainer.world_size > 1:  # each process has met its own
+                broken = self.trainer.strategy.reduce(broken.to(self.trainer.strategy.root_device), reduce_op="sum")
+            if skipped := int((broken > 0).sum()):
                 rank_zero_warn(
                     f"{skipped} of {len(dataset)} {split} pictures could not be decoded and were skipped; figures for "
                     f"{split} are over the others"
@@ -160,7 +163,7 @@ class PhotographDataset(EpochDataset):
         if not found:
             raise ValueError(
                 f"none of the {len(index)} pictures of a batch can be decoded, from "
-                f"{self.photographs.path(int(self.positions[index[0]]))} on; replace them"
+                f"{self.photographs.path(int(self.positions[index[0]]))} on; replace them or set a larger batch size"
             )
         rows, pictures = [row for row, _ in found], [picture for _, picture in found]
         index, draws = index[rows], draws[rows]

@@ -190,9 +190,12 @@ def _check_classes(folder: Path, names: list[str], expected: Sequence[str] | Non
         if twice := sorted({name for name in expected if expected.count(name) > 1}):
             raise ValueError(f"classes must name each class once, but names more than once: {_few(twice)}")
         missing, extra = sorted(set(expected) - set(names)), sorted(set(names) - set(expected))
-        odd = [f"{what}: {_few(some)}" for what, some in (("missing", missing), ("not asked for", extra)) if some]
+        odd = [f"{what}: {_few(some)}" for what, some in (("missing", missing), ("unexpected", extra)) if some]
         if odd:
-            raise ValueError(f"{folder} must have the {len(expected)} class folders asked for, but {'; '.join(odd)}")
+            raise ValueError(
+                f"{folder} must have the {len(expected)} class folders of the training data or of a given list, but "
+                f"{'; '.join(odd)}; add or remove them"
+            )
     if len(names) != 1000:
         return
     if other and expected is None:

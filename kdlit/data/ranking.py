@@ -5,6 +5,8 @@ from __future__ import annotations
 from typing import Literal
 
 import torch
+from lightning.pytorch.utilities import rank_zero_only
+from rich.console import Console
 from rich.progress import track
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
@@ -34,12 +36,23 @@ class TeacherConfidence:
 
     @torch.no_grad()
     def __call__(self, pictures: DataLoader[Batch]) -> Tensor:
-        """Return one score a picture, float, shape ``(N,)``."""
+        """Return one score a picture, float, shape ``(N,)``.
+
+        Raises:
+            ValueError: If the teacher has too few classes.
+        """
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         teacher = self.teacher.to(device).eval()
         scores = []
-        for batch in track(pictures, description="Scoring pictures", transient=True):
+        quiet = getattr(rank_zero_only, "rank", 0) != 0
+        bar = track(pictures, "Scoring pictures", transient=True, disable=quiet, console=Console(stderr=True))
+        for batch in bar:
             logits = teacher(batch.get("image_teacher", batch["image"]).to(device))
+            if (last := int(batch["target"].max())) >= logits.shape[1]:
+                raise ValueError(
+                    f"the teacher of subset_by gives {logits.shape[1]} logits, but labels go up to {last}; set its "
+                    "num_classes"
+                )
             p = logits.float().softmax(dim=-1)
             scores.append(p.gather(1, batch["target"].to(device).unsqueeze(1)).squeeze(1).cpu())
         score = torch.cat(scores)

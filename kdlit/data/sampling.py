@@ -23,16 +23,15 @@ from kdlit.types import Batch
 class EpochSampler(DistributedSampler[int]):
     """Draws the order of each epoch anew and hands every process a share of its own, all of the same length.
 
-    Up to ``num_replicas - 1`` samples that are left over sit out an epoch, others each time; none comes twice.
-    (Being a ``DistributedSampler``, it is left in place by Lightning.)
+    Up to one sample less than there are processes is left over in an epoch, others each time; none comes twice. (Being
+    a ``DistributedSampler``, it is left in place by Lightning.)
 
     Args:
         size: number of samples.
         batch_size: samples a step, to count the batches that a resumed epoch has done.
         seed: draws the orders.
-        rank: number of this process.
-        num_replicas: number of processes.
         progress: gives the epoch and how many of its batches are done; by default each pass is the next epoch.
+        processes: number of this process and how many there are; by default what torch.distributed says.
     """
 
     def __init__(
@@ -40,23 +39,52 @@ class EpochSampler(DistributedSampler[int]):
         size: int,
         batch_size: int,
         seed: int = 0,
-        rank: int = 0,
-        num_replicas: int = 1,
         progress: Callable[[], tuple[int, int]] | None = None,
+        processes: tuple[int, int] | None = None,
     ) -> None:
-        super().__init__(range(size), num_replicas, rank, shuffle=True, seed=seed, drop_last=True)  # type: ignore[arg-type]
+        super().__init__(range(size), 1, 0, seed=seed)  # type: ignore[arg-type]
+        self.size = size
         self.batch_size = batch_size
         self.progress = progress
+        self.processes = processes
+        self.passes = 0
+
+    def _share(self) -> tuple[int, int]:
+        if self.processes is not None:
+            return self.processes
+        started = torch.distributed.is_available() and torch.distributed.is_initialized()
+        return (torch.distributed.get_rank(), torch.distributed.get_world_size()) if started else (0, 1)
+
+    def __len__(self) -> int:
+        return self.size // self._share()[1]
 
     def __iter__(self) -> Iterator[int]:
         """Yield ``epoch * size + index`` of this process's share, from the first batch that is not done."""
-        epoch, done = self.progress() if self.progress else (self.epoch, 0)
-        if not self.progress:
-            self.epoch += 1
-        size = len(self.dataset)  # type: ignore[arg-type]
-        order = torch.randperm(size, generator=_generator(self.seed, epoch))
-        share = order[self.rank :: self.num_replicas][: len(self)]
-        yield from (epoch * size + share[done * self.batch_size :]).tolist()
+        epoch, done = self.progress() if self.progress else (self.passes, 0)
+        self.passes += 1
+        rank, count = self._share()
+        order = torch.randperm(self.size, generator=generator(self.seed, epoch))
+        share = order[rank::count][: len(self)]
+        yield from (epoch * self.size + share[done * self.batch_size :]).tolist()
+
+
+class Samples(Sequence[Batch]):
+    """The samples of one batch, which are there as a whole and taken apart only if somebody asks for one.
+
+    Attributes:
+        batch: the batch.
+    """
+
+    def __init__(self, batch: Batch) -> None:
+        self.batch = batch
+
+    def __len__(self) -> int:
+        return len(self.batch["image"])
+
+    def __getitem__(self, row: Any) -> Any:
+        if not -len(self) <= row < len(self):
+            raise IndexError(f"sample {row} of {len(self)}")
+        return {name: value[row] for name, value in self.batch.items()}  # type: ignore[index]
 
 
 class EpochDataset(Dataset[Batch]):
@@ -83,15 +111,25 @@ class EpochDataset(Dataset[Batch]):
     def __len__(self) -> int:
         return self.size
 
+    def __iter__(self) -> Iterator[Batch]:
+        return (self[index] for index in range(len(self)))
+
     def __getitem__(self, key: int) -> Batch:
         """One sample without a batch dimension."""
-        return cast("Batch", {name: value[0] for name, value in self.__getitems__([key]).items()})  # type: ignore[index]
+        sample: Batch = self.__getitems__([key])[0]
+        return sample
 
-    def __getitems__(self, keys: Sequence[int]) -> Batch:
-        """One batch, all of one epoch; the DataLoader prefers this to one call a sample."""
-        epoch = int(keys[0]) // self.size
+    def __getitems__(self, keys: Sequence[int]) -> Samples:
+        """One batch, all of one epoch; the DataLoader prefers this to one call a sample.
+
+        Raises:
+            IndexError: If there is no such sample; only training samples have epochs.
+        """
+        epoch = int(keys[0]) // self.size if self.size else 0
         index = torch.as_tensor(keys, device=self.device) - epoch * self.size
-        return cast("Batch", self.read(index, self._draw(epoch, index)))
+        if epoch and not self.augmented:
+            raise IndexError(f"sample {int(keys[0])} of {self.size}")
+        return Samples(cast("Batch", self.read(index, self._draw(epoch, index))))
 
     @abstractmethod
     def read(self, index: Tensor, draws: Tensor) -> dict[str, Tensor]:
@@ -116,7 +154,8 @@ class EpochDataset(Dataset[Batch]):
         if not self.augmented:
             return torch.empty(len(index), 0)
         if self._draws[0] != epoch:
-            table = torch.rand(self.size, self.columns, generator=_generator(self.seed, epoch, 1), dtype=torch.float64)
+            # The order comes from (seed, epoch) too, so that this must be another stream.
+            table = torch.rand(self.size, self.columns, generator=generator(self.seed, epoch, 1), dtype=torch.float64)
             self._draws = (epoch, table.to(self.device))
         return self._draws[1][index]
 
@@ -128,17 +167,34 @@ class EpochLoader(DataLoader[Batch]):
     """A DataLoader that asks its sampler for the first time when the first batch is wanted, not before."""
 
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
-        yield from super().__iter__()
+        try:
+            yield from super().__iter__()
+        except ValueError as error:
+            raise without_worker(error) from None
+
+
+class ResumableLoader(EpochLoader):
+    """The same in a trainer, whose own count of batches says where to go on; Lightning asks whether it is known."""
 
     def state_dict(self) -> dict[str, Any]:
-        """Nothing: the trainer's own count of batches says where to go on; Lightning asks whether it is known."""
+        """Nothing."""
         return {}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Nothing to take up."""
 
 
-def _generator(*numbers: int) -> torch.Generator:
+def without_worker(error: ValueError) -> ValueError:
+    """What was wrong, without the traceback that a worker process sends along."""
+    _, worker, trace = str(error).partition("in DataLoader worker process")
+    if not worker:
+        return error
+    lines = trace.rstrip().split("\n")
+    last_of_traceback = max(number for number, line in enumerate(lines) if line.startswith("  "))
+    return ValueError("\n".join(lines[last_of_traceback + 1 :]).partition(": ")[2])
+
+
+def generator(*numbers: int) -> torch.Generator:
     """A generator for a tuple of numbers, unrelated to that of any other tuple."""
     seed = np.random.SeedSequence([number % 2**64 for number in numbers]).generate_state(1, np.uint64)[0]
     return torch.Generator().manual_seed(int(seed) % 2**63)

@@ -28,6 +28,7 @@ from kdlit.data.base import check_at_least, hold_out
 from kdlit.data.imagenet import Transform, photograph_transforms
 from kdlit.data.inputs import Interpolation, NetworkInput, Views
 from kdlit.data.photographs import BrokenPhotograph, Photographs, decode_photograph, list_photographs
+from kdlit.data.sampling import without_worker
 from kdlit.types import Batch
 
 try:
@@ -238,6 +239,12 @@ class StreamedPhotographs(L.LightningDataModule):
         return shards, index["kdlit"]
 
     def _loader(self, split: str) -> DataLoader[Batch]:
+        processes = 1 if self.trainer is None else self.trainer.world_size
+        if split != "train" and len(self.datasets[split]) // self.eval_batch_size < processes > 1:
+            raise ValueError(
+                f"{processes} processes share the {split} pictures by whole batches, but there are fewer batches of "
+                f"eval_batch_size {self.eval_batch_size} than processes; set a smaller eval_batch_size"
+            )
         loader = _Loader(
             self.datasets[split],
             batch_size=self.batch_size if split == "train" else self.eval_batch_size,
@@ -252,9 +259,12 @@ class _Loader(StreamingDataLoader):  # type: ignore[misc]
     """Begins a new epoch after a resumed one; litdata's own does so only for those who ask for one batch too many."""
 
     def __iter__(self) -> Iterator[Any]:
-        for batch in super().__iter__():
-            self.restore = False
-            yield batch
+        try:
+            for batch in super().__iter__():
+                self.restore = False
+                yield batch
+        except ValueError as error:
+            raise without_worker(error) from None
 
 
 class _Decoder:

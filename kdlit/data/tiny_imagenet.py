@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
+from lightning.pytorch.utilities import rank_zero_only
 from rich.console import Console
 from rich.progress import track
 from torch import Tensor
@@ -148,6 +149,8 @@ class TinyImageNet(PublishedDataModule):
 def _in_class_folders(folder: Path, wnids: Sequence[str]) -> list[list[Path]]:
     """The pictures of ``folder/<wnid>/images`` or ``folder/<wnid>``, by class."""
     there = [path.name for path in folder.iterdir() if path.is_dir() and not path.name.startswith(".")]
+    if loose := [path for path in folder.iterdir() if path.suffix.lower() in IMG_EXTENSIONS]:
+        raise ValueError(f"pictures without a class lie directly in {folder}: {_some(loose)}; move or remove them")
     if (left_over := folder / "images").is_dir() and not _pictures_in(left_over):
         there.remove("images")  # where the pictures lay before they were sorted
     _check_fit(
@@ -187,7 +190,13 @@ def _decoded(paths: Sequence[Path], title: str) -> Tensor:
 
     starts = range(0, len(paths), _CHUNK)
     with ThreadPoolExecutor(_THREADS) as pool:
-        for _ in track(pool.map(fill, starts), title, total=len(starts), console=Console(stderr=True)):
+        for _ in track(
+            pool.map(fill, starts),
+            title,
+            total=len(starts),
+            disable=getattr(rank_zero_only, "rank", 0) != 0,
+            console=Console(stderr=True),
+        ):
             pass
     return image
 

@@ -62,13 +62,17 @@ def one_by_one(transform: Callable[[Tensor], Tensor], image: Tensor | Sequence[T
         draw: numbers in [0, 1) that settle what is drawn, float64, shape ``(B,)``.
 
     Raises:
-        ValueError: If the results differ in size.
+        ValueError: If the results differ in size or are not uint8.
     """
     done = []
     with torch.random.fork_rng(devices=[]):  # so that the generator is as before afterwards
         for one, number in zip(image, draw.tolist(), strict=True):
             torch.manual_seed(int(number * 2**53))
             done.append(transform(one))
+    if any(one.dtype != torch.uint8 for one in done):
+        raise ValueError(
+            f"transforms must give uint8 pictures, got {done[0].dtype}; leave scaling and normalisation to mean and std"
+        )
     if len({one.shape for one in done}) > 1:
         sizes = ", ".join(sorted({str(tuple(one.shape)) for one in done})[:3])
         raise ValueError(

@@ -194,7 +194,11 @@ class DistillationModule(L.LightningModule):
                 logged[f"train/loss/{name}"] = value.detach()
         self.log("loss", objective.detach(), prog_bar=True, logger=False)
         self.log_dict(
-            {"train/loss": objective.detach(), **logged}, on_step=False, on_epoch=True, batch_size=len(batch["image"])
+            {"train/loss": objective.detach(), **logged},
+            on_step=False,
+            on_epoch=True,
+            sync_dist=True,
+            batch_size=len(batch["image"]),
         )
         return {
             "loss": objective,

@@ -74,10 +74,10 @@ class ClassificationDistillation(DistillationModule):
 
         Returns:
             ``label`` (most probable class, int64) and ``confidence`` (its probability), both of shape ``(B,)``, and
-            ``logits`` of shape ``(B, C)``; also ``target``, shape ``(B,)``, if the pictures have labels.
+            ``logits`` of shape ``(B, C)``; also ``target`` and ``index``, shape ``(B,)``, if the batch has them.
         """
         batch = as_batch(batch)
         logits = widened(self(batch["image"]))
         confidence, label = logits.softmax(dim=-1).max(dim=-1)
         prediction = {"label": label, "confidence": confidence, "logits": logits}
-        return prediction | ({"target": batch["target"]} if "target" in batch else {})
+        return prediction | {name: batch[name] for name in ("target", "index") if name in batch}

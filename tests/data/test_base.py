@@ -9,10 +9,12 @@ import lightning as L
 import pytest
 import torch
 from torch import nn
+from torch.utils.data import DataLoader, Subset
 from torchvision.transforms import v2
 
 from kdlit.data import NetworkInput, TeacherConfidence
 from kdlit.data.base import Pictures, hold_out, symmetric_noise
+from kdlit.data.sampling import EpochSampler
 from kdlit.losses import CrossEntropyLoss
 from kdlit.modules import ClassificationDistillation
 from tests.conftest import Diary, TinyData, TinyNet
@@ -151,16 +153,86 @@ def test_a_resumed_run_goes_on_with_the_very_next_batch(trainer, tmp_path, step,
 
 
 def test_processes_share_an_epoch_without_overlap_and_without_a_missing_batch():
-    from kdlit.data.sampling import EpochSampler
-
     for size in (97, 96, 95):
-        shares = [list(EpochSampler(size, 8, seed=3, rank=rank, num_replicas=3)) for rank in range(3)]
+        shares = [list(EpochSampler(size, 8, seed=3, processes=(rank, 3))) for rank in range(3)]
         assert {len(share) for share in shares} == {size // 3}
         everything = [key for share in shares for key in share]
         assert len(set(everything)) == len(everything) == size // 3 * 3
     alone = list(EpochSampler(96, 8, seed=3))
-    shares = [list(EpochSampler(96, 8, seed=3, rank=rank, num_replicas=2)) for rank in range(2)]
+    shares = [list(EpochSampler(96, 8, seed=3, processes=(rank, 2))) for rank in range(2)]
     assert [key for pair in zip(*shares, strict=True) for key in pair] == alone
+
+
+def test_a_loader_handed_over_knows_the_processes(monkeypatch):
+    sampler = EpochSampler(10, 2)
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_rank", lambda: 1)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
+    assert len(sampler) == len(list(sampler)) == 5
+
+
+def test_own_loops_see_every_epoch_anew():
+    data = ready()
+    orders = [[batch["index"].tolist() for batch in data.train_dataloader()] for _ in range(3)]
+    assert orders[0] != orders[1] != orders[2]
+    loader = ready().train_dataloader()
+    assert [[batch["index"].tolist() for batch in loader] for _ in range(3)] == orders
+
+
+def test_the_training_pictures_can_be_looked_at_beside_and_after_a_fit(trainer):
+    class Look(L.Callback):
+        counts = []
+
+        def on_train_epoch_end(self, trainer, pl_module):
+            self.counts.append(len(list(trainer.datamodule.train_dataloader())))
+            self.counts.append(len(list(trainer.train_dataloader)))
+
+    data = TinyData()
+    fitting = trainer(max_epochs=2, callbacks=[Look()])
+    fitting.fit(plain_module(), data)
+    assert Look.counts == [4, 4, 4, 4]
+    assert len(list(data.train_dataloader())) == 4
+    assert trainer().validate(plain_module(), data.train_dataloader(), verbose=False)[0]["val/top1"] >= 0
+
+
+def test_each_run_has_its_own_order(trainer):
+    data = TinyData()
+    orders = []
+    for seed in (1, 2, 1):
+        L.seed_everything(seed, verbose=False)
+        diary = Diary()
+        trainer(callbacks=[diary], limit_val_batches=0).fit(plain_module(), data)
+        orders.append(diary.batches)
+    assert orders[0] == orders[2] != orders[1]
+
+
+def test_the_middle_of_an_epoch_cannot_be_resumed_with_other_batches(trainer, tmp_path):
+    path = tmp_path / "at.ckpt"
+    saver = Diary(save_at=2, path=path)
+    trainer(callbacks=[saver], limit_val_batches=0).fit(plain_module(), TinyData())
+    with pytest.raises(ValueError, match=r"middle of an epoch with .* \(16, 1\), which cannot go on with \(8, 1\)"):
+        trainer(limit_val_batches=0).fit(plain_module(), TinyData(batch_size=8), ckpt_path=path)
+
+
+def test_data_sets_work_in_plain_loaders_too():
+    dataset = ready().datasets["test"]
+    whole = dataset.__getitems__(range(40)).batch
+    for batch in (next(iter(DataLoader(dataset, 40))), next(iter(DataLoader(Subset(dataset, range(40)), 40)))):
+        assert all(torch.equal(batch[name], whole[name]) for name in whole)
+    assert len(list(dataset)) == 40
+    with pytest.raises(IndexError, match="sample 40 of 40"):
+        dataset[40]
+
+
+def test_mistakes_in_workers_end_in_one_line():
+    class Careless(TinyData):
+        def augment(self, image, draws):
+            raise ValueError("first line\nlast line")
+
+    data = Careless(num_workers=1)
+    data.setup("fit")
+    with pytest.raises(ValueError, match="^first line\nlast line$"):
+        list(data.train_dataloader())
 
 
 def test_a_subset_is_even_over_the_classes_and_the_same_in_every_run():
@@ -218,6 +290,20 @@ def test_label_noise_is_in_training_alone_and_the_same_whatever_is_held_out():
     assert torch.equal(divided._pictures["val"].target, ready(val_size=32)._pictures["val"].target)
 
 
+@pytest.mark.parametrize("settings", [{"val_size": 48}, {"val_size": 0, "subset": 0.5}])
+def test_label_noise_has_nothing_to_do_with_what_is_held_out(settings):
+    class Large(TinyData):
+        def load(self):
+            return {**super().load(), "train": self._draw(4000, 1)}
+
+    noisy = Large(label_noise=0.4, **settings)
+    noisy.setup("fit")
+    clean = Large(**settings)
+    clean.setup("fit")
+    share = (noisy._pictures["train"].target != clean._pictures["train"].target).float().mean()
+    assert share == pytest.approx(0.4, abs=0.03)
+
+
 def test_auto_augment_changes_colours_after_crop_and_flip():
     plain, augmented = ready(val_size=0, batch_size=96), ready(val_size=0, batch_size=96, auto_augment=True)
     a, b = (next(iter(data.train_dataloader())) for data in (plain, augmented))
@@ -239,6 +325,23 @@ def test_pictures_can_be_scaled():
     assert next(iter(data.test_dataloader()))["image"].shape == (40, 3, 12, 12)
 
 
+def test_transforms_must_leave_pictures_as_bytes():
+    data = ready(transforms=[v2.ToDtype(torch.float32, scale=True)])
+    with pytest.raises(ValueError, match="transforms must give uint8 pictures, got torch.float32; leave scaling"):
+        next(iter(data.train_dataloader()))
+
+
+def test_a_teacher_with_too_few_classes_cannot_rank():
+    data = ready(subset=0.5, subset_by=TeacherConfidence(TinyNet(3)))
+    with pytest.raises(ValueError, match=r"teacher of subset_by gives 3 logits, but labels go up to 4"):
+        data.train_dataloader()
+
+
+def test_pictures_are_not_there_before_setup():
+    with pytest.raises(RuntimeError, match=r"has no test pictures yet; call setup"):
+        TinyData().test_dataloader()
+
+
 def test_data_modules_can_be_sent_to_worker_processes(trainer):
     import pickle
 
@@ -246,15 +349,15 @@ def test_data_modules_can_be_sent_to_worker_processes(trainer):
     data.trainer = trainer()
     copy = pickle.loads(pickle.dumps(data.datasets["train"]))
     assert copy.data.trainer is None
-    first = copy.__getitems__([96, 97])
-    assert torch.equal(first["image_strong"], data.datasets["train"].__getitems__([96, 97])["image_strong"])
+    first = copy.__getitems__([96, 97]).batch
+    assert torch.equal(first["image_strong"], data.datasets["train"].__getitems__([96, 97]).batch["image_strong"])
 
 
 def test_single_samples_can_be_read_too():
     dataset = ready().test_dataloader().dataset
     sample = dataset[3]
     assert sample["image"].shape == (3, 8, 8)
-    assert torch.equal(sample["image"], dataset.__getitems__([3, 4])["image"][0])
+    assert torch.equal(sample["image"], dataset.__getitems__([3, 4])[0]["image"])
 
 
 def test_validation_without_held_out_pictures_is_refused(trainer):

@@ -138,7 +138,7 @@ def test_missing_folders_are_named(tmp_path):
 
 def test_classes_must_agree(folders):
     (folders / "val" / "n02").rename(folders / "val" / "n03")
-    with pytest.raises(ValueError, match="val must have .* missing: n02; not asked for: n03"):
+    with pytest.raises(ValueError, match="val must have .* missing: n02; unexpected: n03"):
         ready(folders)
 
 

@@ -44,6 +44,6 @@ def test_one_by_one_draws_for_each_picture_from_its_own_number():
 
 
 def test_transforms_that_give_several_sizes_are_refused():
-    pictures = [torch.zeros(3, 8, 8), torch.zeros(3, 8, 9)]
+    pictures = [torch.zeros(3, 8, width, dtype=torch.uint8) for width in (8, 9)]
     with pytest.raises(ValueError, match=r"pictures of one size, got \(3, 8, 8\), \(3, 8, 9\); end them with"):
         one_by_one(lambda one: one, pictures, torch.zeros(2))
