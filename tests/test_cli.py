@@ -11,6 +11,7 @@ import time
 
 import pytest
 import torch
+import yaml
 
 OWN = '''
 """A user's own file: nothing of it is known to kdlit."""
@@ -478,3 +479,22 @@ def test_two_processes_train_one_student(project):
     assert checkpoint["global_step"] == 4  # 2 epochs of 64 pictures, 16 on each of 2 processes a step
     assert not [name for name in checkpoint["state_dict"] if name.startswith("teacher.")]
     assert done.stdout.count("Student alone:") == 1
+
+
+def test_data_options_can_be_given_on_the_command_line(project, kdlit_cli):
+    (project / "classes.yaml").write_text(
+        "data:\n  class_path: tests.conftest.TinyData\n  init_args:\n    subset: 0.5\n    label_noise: 0.1\n"
+        "    strong_view: true\n    teacher_input: {size: 4, mean: [0.5, 0.5, 0.5], std: [0.5, 0.5, 0.5]}\n"
+        "    transforms: [{class_path: torchvision.transforms.v2.RandomHorizontalFlip}]\n"
+        "    subset_by:\n      class_path: kdlit.data.TeacherConfidence\n"
+        "      init_args: {teacher: {class_path: own.OwnNet}, keep: least}\n"
+        "model: {init_args: {teacher_input_size: [3, 4, 4]}}\n"
+    )
+    out = kdlit_cli("fit", "--config", "tiny.yaml", "--config", "classes.yaml", "--data.subset_by.keep=most",
+                    "--run_dir=here", "--trainer.max_epochs=1")  # fmt: skip
+    assert "error" not in out, out
+    config = yaml.safe_load((project / "here" / "config.yaml").read_text())
+    assert config["data"]["init_args"]["subset_by"]["init_args"]["keep"] == "most"
+    with (project / "here" / "metrics.csv").open() as file:
+        steps = max(int(row["step"]) for row in csv.DictReader(file))
+    assert steps == 1  # 32 of 64 pictures in batches of 16

@@ -1,6 +1,8 @@
 """Distillation methods: a pure function on tensors and a loss class for each, and wrappers that vary any of them."""
 
+from kdlit.losses.at import ATLoss, at_loss
 from kdlit.losses.base import DistillationLoss, LossWrapper, WeightedLoss
+from kdlit.losses.cc import CCLoss
 from kdlit.losses.confidence import ConfidenceSelection
 from kdlit.losses.crld import CRLDLoss, crld_loss
 from kdlit.losses.cross_entropy import CrossEntropyLoss, cross_entropy_loss
@@ -16,6 +18,7 @@ from kdlit.losses.dkd_auto import AutoBetaDKDLoss, logit_gap
 from kdlit.losses.dml import DMLLoss, dml_loss
 from kdlit.losses.ea import EntropyWeighting, entropy_weight
 from kdlit.losses.feature import FeatureLoss
+from kdlit.losses.fitnet import FitNetLoss
 from kdlit.losses.head import OnHead
 from kdlit.losses.kd import KDLoss, kd_loss
 from kdlit.losses.la import LALoss, la_loss, swap_label_logit
@@ -38,14 +41,21 @@ from kdlit.losses.mlkd import (
     mlkd_two_view_loss,
 )
 from kdlit.losses.nkd import NKDLoss, nkd_loss
+from kdlit.losses.nst import NSTLoss, nst_loss
+from kdlit.losses.pkt import PKTLoss, pkt_loss
 from kdlit.losses.rc import RCLoss, rc_loss
 from kdlit.losses.renyi import RenyiEntropyLoss, renyi_entropy, renyi_entropy_loss
+from kdlit.losses.rkd import RKDLoss, rkd_loss
 from kdlit.losses.rld import RLDLoss, rld_loss
+from kdlit.losses.sp import SPLoss, sp_loss
 from kdlit.losses.ttm import TTMLoss, WTTMLoss, power_sum, ttm_loss, wttm_loss
+from kdlit.losses.vid import VIDLoss
 from kdlit.losses.wkd import WKDLoss, class_distance, wkd_loss
 
 __all__ = [
+    "ATLoss",
     "AutoBetaDKDLoss",
+    "CCLoss",
     "CRLDLoss",
     "ConfidenceSelection",
     "CrossEntropyLoss",
@@ -55,6 +65,7 @@ __all__ = [
     "DistillationLoss",
     "EntropyWeighting",
     "FeatureLoss",
+    "FitNetLoss",
     "GlobalTemperature",
     "InstanceTemperature",
     "KDLoss",
@@ -66,15 +77,21 @@ __all__ = [
     "MLKDSingleViewLoss",
     "MLKDTwoViewLoss",
     "NKDLoss",
+    "NSTLoss",
     "OnHead",
+    "PKTLoss",
     "RCLoss",
+    "RKDLoss",
     "RLDLoss",
     "RenyiEntropyLoss",
+    "SPLoss",
     "TTMLoss",
     "TeacherRightCrossEntropyLoss",
+    "VIDLoss",
     "WKDLoss",
     "WTTMLoss",
     "WeightedLoss",
+    "at_loss",
     "batch_relation_loss",
     "class_distance",
     "class_relation_loss",
@@ -93,13 +110,17 @@ __all__ = [
     "mlkd_single_view_loss",
     "mlkd_two_view_loss",
     "nkd_loss",
+    "nst_loss",
+    "pkt_loss",
     "power_sum",
     "rc_loss",
     "renyi_entropy",
     "renyi_entropy_loss",
     "reversal_coefficient",
     "revised_labels",
+    "rkd_loss",
     "rld_loss",
+    "sp_loss",
     "standardize_logits",
     "swap_label_logit",
     "teacher_right_cross_entropy_loss",

@@ -122,6 +122,24 @@ def same_size(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
     """Bring the larger of two maps, ``(B, C, H, W)``, to the height and width of the smaller by average pooling."""
     height, width = min(student.shape[-2:], teacher.shape[-2:])
     student, teacher = (
-        one if one.shape[-2] == height else F.adaptive_avg_pool2d(one, (height, width)) for one in (student, teacher)
+        one if one.shape[-2:] == (height, width) else F.adaptive_avg_pool2d(one, (height, width))
+        for one in (student, teacher)
     )
     return student, teacher
+
+
+def check_maps(student: Tensor, teacher: Tensor) -> None:
+    """Raise ValueError unless both features are maps."""
+    if student.ndim != 4 or teacher.ndim != 4:
+        raise ValueError(
+            f"student_feat and teacher_feat must be maps of shape (B, C, H, W), got shapes {tuple(student.shape)} and "
+            f"{tuple(teacher.shape)}"
+        )
+
+
+def check_layers_give_maps(loss: FeatureLoss, student: Sequence[Shape], teacher: Sequence[Shape]) -> None:
+    """Raise ValueError, naming the layer, unless all features of a loss are maps."""
+    for role, paths, shapes in (("student", loss.student_layers, student), ("teacher", loss.teacher_layers, teacher)):
+        for path, shape in zip(paths, shapes, strict=True):
+            if len(shape) != 4:
+                raise ValueError(f"{role}_layers: {path!r} must give a map of shape (B, C, H, W), but gives {shape}")
