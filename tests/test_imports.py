@@ -11,7 +11,7 @@ ALLOWED = {
     "files": {"torch", "lightning"},
     "optim": {"torch"},
     "loggers": {"lightning", "kdlit.files"},
-    "losses": {"torch", "kdlit.types", "kdlit.models.features", "kdlit.models.layers"},
+    "losses": {"torch", "kdlit.types", "kdlit.models.features", "kdlit.models.layers", "kdlit.models.simkd"},
     "models": {"torch", "torchvision", "safetensors", "timm"},
     "data": {
         "torch",

@@ -22,7 +22,8 @@ class StudentExport(L.Callback):
     """Writes the student of the last epoch as a small file of its own when training ends.
 
     The file is a dictionary of plain tensors and numbers: ``model`` (the student's state_dict), ``num_classes``,
-    ``num_parameters``, ``epoch``, and ``metrics`` (the last value of everything logged). It needs neither kdlit nor the
+    ``num_parameters``, ``epoch``, ``metrics`` (the last value of everything logged) and, of a network that has one,
+    ``note`` (how to build it). It needs neither kdlit nor the
     teacher: ``net.load_state_dict(torch.load("student.pt")["model"])``. Of students that taught each other, the first
     is written to ``student.pt`` and any other to ``student_NAME.pt``.
 
@@ -47,6 +48,8 @@ class StudentExport(L.Callback):
                 "epoch": trainer.current_epoch,
                 "metrics": {name: float(value) for name, value in trainer.callback_metrics.items()},
             }
+            if isinstance(note := getattr(network, "note", None), str):
+                content["note"] = note
             write_whole(path, functools.partial(torch.save, content))
 
 

@@ -42,14 +42,18 @@ from kdlit.losses.mlkd import (
 )
 from kdlit.losses.nkd import NKDLoss, nkd_loss
 from kdlit.losses.nst import NSTLoss, nst_loss
+from kdlit.losses.ofd import OFDLoss, ofd_loss
 from kdlit.losses.pkt import PKTLoss, pkt_loss
 from kdlit.losses.rc import RCLoss, rc_loss
 from kdlit.losses.renyi import RenyiEntropyLoss, renyi_entropy, renyi_entropy_loss
+from kdlit.losses.reviewkd import ReviewKDLoss, hierarchical_context_loss
 from kdlit.losses.rkd import RKDLoss, rkd_loss
 from kdlit.losses.rld import RLDLoss, rld_loss
+from kdlit.losses.simkd import SimKDLoss
 from kdlit.losses.sp import SPLoss, sp_loss
 from kdlit.losses.ttm import TTMLoss, WTTMLoss, power_sum, ttm_loss, wttm_loss
 from kdlit.losses.vid import VIDLoss
+from kdlit.losses.vitkd import ViTKDLoss
 from kdlit.losses.wkd import WKDLoss, class_distance, wkd_loss
 
 __all__ = [
@@ -78,16 +82,20 @@ __all__ = [
     "MLKDTwoViewLoss",
     "NKDLoss",
     "NSTLoss",
+    "OFDLoss",
     "OnHead",
     "PKTLoss",
     "RCLoss",
     "RKDLoss",
     "RLDLoss",
     "RenyiEntropyLoss",
+    "ReviewKDLoss",
     "SPLoss",
+    "SimKDLoss",
     "TTMLoss",
     "TeacherRightCrossEntropyLoss",
     "VIDLoss",
+    "ViTKDLoss",
     "WKDLoss",
     "WTTMLoss",
     "WeightedLoss",
@@ -101,6 +109,7 @@ __all__ = [
     "dkd_loss",
     "dml_loss",
     "entropy_weight",
+    "hierarchical_context_loss",
     "instance_temperature_kd_loss",
     "kd_loss",
     "la_loss",
@@ -111,6 +120,7 @@ __all__ = [
     "mlkd_two_view_loss",
     "nkd_loss",
     "nst_loss",
+    "ofd_loss",
     "pkt_loss",
     "power_sum",
     "rc_loss",

@@ -33,7 +33,9 @@ class DistillationLoss(nn.Module):
     needs_strong_view: bool = False
     reads_sample_weight: bool = False
 
-    def extend_student(self, student: nn.Module, teacher: nn.Module | None, example: Tensor) -> nn.Module:
+    def extend_student(
+        self, student: nn.Module, teacher: nn.Module | None, example: Tensor, teacher_example: Tensor | None = None
+    ) -> nn.Module:
         """Return the network to train, measure and export: the student, or a larger one around it.
 
         Called once, before :meth:`setup` of all losses; the arguments are those of the latter.
@@ -121,9 +123,11 @@ class LossWrapper(DistillationLoss):
         """What the wrapped loss gets in :meth:`forward` and :meth:`on_train_batch_end`: here, the same."""
         return student, teacher, batch
 
-    def extend_student(self, student: nn.Module, teacher: nn.Module | None, example: Tensor) -> nn.Module:
+    def extend_student(  # type: ignore[override]
+        self, student: nn.Module, teacher: nn.Module | None, *examples: Tensor
+    ) -> nn.Module:
         """Let the wrapped loss decide."""
-        return self.loss.extend_student(student, teacher, example)
+        return self.loss.extend_student(student, teacher, *examples)
 
     def setup(self, student: nn.Module, teacher: nn.Module | None, *examples: Tensor) -> None:  # type: ignore[override]
         """Set up the wrapped loss."""

@@ -25,6 +25,7 @@ from kdlit.models.resnet import (
 )
 from kdlit.models.resnet_four_stage import FourStageResNet, resnet18, resnet34, resnet50, resnet101, resnet152
 from kdlit.models.shufflenet import ShuffleNetV1, ShuffleNetV2, shufflenetv1, shufflenetv2
+from kdlit.models.simkd import SimKDStudent
 from kdlit.models.t2t import T2TViT, t2t_vit_7
 from kdlit.models.vgg import VGG, vgg8, vgg11, vgg13, vgg16, vgg19
 from kdlit.models.vit import deit3_small, deit_tiny, deit_tiny_distilled, pit_tiny
@@ -52,6 +53,7 @@ __all__ = [
     "ResNet",
     "ShuffleNetV1",
     "ShuffleNetV2",
+    "SimKDStudent",
     "T2TViT",
     "WideResNet",
     "deit3_small",

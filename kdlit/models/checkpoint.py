@@ -394,6 +394,11 @@ def _reasons(weights: Mapping[str, Tensor], target: Mapping[str, Tensor]) -> lis
         for our_name, pattern, what, cure in IMPOSTORS
         if our_name in target and any(re.match(pattern, name) for name in weights)
     ]
+    if "projector.conv0.weight" in weights and "projector.conv0.weight" not in target:
+        reasons.append(
+            "they are of a student that SimKD made; build kdlit.models.SimKDStudent around this network, as the file's "
+            "note says"
+        )
     theirs, ours = _blocks(weights), _blocks(target)
     are_basic = "layer1.0.conv3.weight" not in weights
     if "layer1" in theirs and are_basic and _has_projections(target) and not _has_projections(weights):

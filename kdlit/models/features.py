@@ -143,12 +143,13 @@ def feature_shapes(model: nn.Module, paths: Iterable[str], example: Tensor) -> d
 def dry_run(model: nn.Module, example: Tensor) -> object:
     """Return what ``model`` gives for ``example`` in eval mode; nothing of the model or the random state changes."""
     parameter = next(model.parameters(), example)
-    with torch.no_grad(), torch.random.fork_rng(), _eval_mode(model):
+    with torch.no_grad(), torch.random.fork_rng(), eval_mode(model):
         return model(example.to(parameter.device, parameter.dtype))
 
 
 @contextmanager
-def _eval_mode(model: nn.Module) -> Iterator[None]:
+def eval_mode(model: nn.Module) -> Iterator[None]:
+    """Put a network into eval mode for a while; afterwards every part of it is in the mode it was in."""
     modes = {module: module.training for module in model.modules()}
     model.eval()
     try:

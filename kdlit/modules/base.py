@@ -88,10 +88,11 @@ class DistillationModule(L.LightningModule):
                 )
             # DDP reads this attribute of the module it wraps and then broadcasts nothing of the teacher.
             self._ddp_params_and_buffers_to_ignore = [f"teacher.{name}" for name in teacher.state_dict()]
+        examples = [example, *([teacher_example] if self._teacher_has_own_input else [])]
         for term in terms.values():
-            self.student = term.extend_student(self.student, teacher, example)
+            self.student = term.extend_student(self.student, teacher, *examples)
         for term in terms.values():
-            term.setup(self.student, teacher, example, *([teacher_example] if self._teacher_has_own_input else []))
+            term.setup(self.student, teacher, *examples)
         layers = {path for term in terms.values() for path in term.student_layers}
         self._student_tap = self._tap("student", self.student, example, layers)
         if teacher is not None:
