@@ -1,24 +1,32 @@
-"""What each loss costs beside plain KD: ``python -m kdlit.benchmark``.
+"""What each method costs: ``python -m kdlit.benchmark {losses,steps}``.
 
-All methods share one forward pass of each network and one backward pass of the student; they differ in the loss alone.
-So the loss is timed alone, forward and backward on logits, all losses in turn within each round, and set against a
-whole training step with plain KD. Medians over rounds; ratios mean more than milliseconds on a shared machine.
+``losses``: all logit methods share one forward pass of each network and one backward pass of the student; they differ
+in the loss alone. So the loss is timed alone, forward and backward on logits, all losses in turn within each round, and
+set against a whole training step with plain KD.
+
+``steps``: whole training steps of every method, its optimizer included, with peak memory and extra parameters.
+
+Medians over rounds, methods in turn within each; ratios mean more than milliseconds on a shared machine.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
+from itertools import accumulate
+from json import dumps
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.profiler import ProfilerActivity, profile
 
 from kdlit import losses, models
-from kdlit.losses import DistillationLoss
+from kdlit.losses import DistillationLoss, WeightedLoss
+from kdlit.modules import ClassificationDistillation
+from kdlit.modules.base import run_loss
 from kdlit.types import Batch, ModelOutput
 
 LOSSES: dict[str, Callable[[], DistillationLoss]] = {
@@ -47,49 +55,232 @@ LOSSES: dict[str, Callable[[], DistillationLoss]] = {
 }
 
 
+# With weights as published; what is measured does not depend on them.
+METHODS: dict[str, Callable[[], dict[str, WeightedLoss | DistillationLoss]]] = {
+    "KD": lambda: {"kd": losses.KDLoss()},
+    "DKD": lambda: {"dkd": losses.DKDLoss()},
+    "NKD": lambda: {"nkd": losses.NKDLoss()},
+    "WTTM": lambda: {"wttm": losses.WTTMLoss()},
+    "MLKD": lambda: {"mlkd": losses.MLKDTwoViewLoss()},
+    "KD, standardised": lambda: {"kd": losses.LogitStandardization(losses.KDLoss())},
+    "RLD": lambda: {"rld": losses.RLDLoss()},
+    "CTKD": lambda: {"kd": losses.GlobalTemperature(losses.KDLoss())},
+    "DIST": lambda: {"dist": losses.DISTLoss()},
+    "FitNet": lambda: {"fitnet": WeightedLoss(losses.FitNetLoss(), 100.0)},
+    "AT": lambda: {"at": WeightedLoss(losses.ATLoss(), 1000.0)},
+    "VID": lambda: {"vid": losses.VIDLoss()},
+    "RKD": lambda: {"rkd": losses.RKDLoss()},
+    "CC": lambda: {"cc": WeightedLoss(losses.CCLoss(), 0.02)},
+    "SP": lambda: {"sp": WeightedLoss(losses.SPLoss(), 3000.0)},
+    "NST": lambda: {"nst": WeightedLoss(losses.NSTLoss(), 50.0)},
+    "PKT": lambda: {"pkt": WeightedLoss(losses.PKTLoss(), 30000.0)},
+    "CRD": lambda: {"crd": WeightedLoss(losses.CRDLoss(), 0.8)},
+    "OFD": lambda: {"ofd": WeightedLoss(losses.OFDLoss(), 0.001)},
+    "ReviewKD": lambda: {"reviewkd": losses.ReviewKDLoss()},
+    "SimKD": lambda: {"simkd": losses.SimKDLoss()},
+    "CAT-KD": lambda: {"catkd": losses.CATKDLoss()},
+    "ITRD": lambda: {"itrd": losses.ITRDLoss()},
+    "SRRL": lambda: {"srrl": losses.SRRLLoss()},
+    "WTTM + CRD": lambda: {"wttm": losses.WTTMLoss(), "crd": WeightedLoss(losses.CRDLoss(), 0.8)},
+}
+
+
 def main() -> None:
     """Time everything and print a Markdown table, or JSON."""
+    common = argparse.ArgumentParser(add_help=False)
+    common.add_argument("--teacher", default="resnet32x4", help="name of a network in kdlit.models")
+    common.add_argument("--student", default="resnet8x4", help="name of a network in kdlit.models")
+    common.add_argument("--batch_size", type=int, default=64)
+    common.add_argument("--threads", type=int, default=1, help="CPU threads")
+    common.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    common.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    assert __doc__ is not None
     parser = argparse.ArgumentParser(prog="python -m kdlit.benchmark", description=__doc__.splitlines()[0])
-    parser.add_argument("--teacher", default="resnet32x4", help="name of a network in kdlit.models")
-    parser.add_argument("--student", default="resnet8x4", help="name of a network in kdlit.models")
-    parser.add_argument("--batch_size", type=int, default=64)
-    parser.add_argument("--rounds", type=int, default=20, help="times that every loss is measured")
-    parser.add_argument("--threads", type=int, default=1, help="CPU threads")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
-    options = parser.parse_args()
-    torch.set_num_threads(options.threads)
+    commands = parser.add_subparsers(required=True, metavar="{losses,steps}")
+    command = commands.add_parser("losses", parents=[common], help="logit losses alone")
+    command.add_argument("--rounds", type=int, default=20, help="times that every loss is measured")
+    command.set_defaults(run=time_losses)
+    command = commands.add_parser("steps", parents=[common], help="training steps of all methods")
+    command.add_argument("--rounds", type=int, default=5, help="times that every method is measured")
+    command.add_argument("--num_samples", type=int, default=50_000, help="training samples, for memory banks")
+    command.add_argument("--plot", metavar="FILE", help="draw step time against extra parameters; needs matplotlib")
+    command.set_defaults(run=time_steps)
+    options = vars(parser.parse_args())
+    torch.set_num_threads(options["threads"])
     torch.manual_seed(0)
-    device = torch.device(options.device)
-    student = getattr(models, options.student)().to(device)
-    teacher = getattr(models, options.teacher)().to(device).eval().requires_grad_(False)
-    image = torch.randn(options.batch_size, 3, 32, 32, device=device)
-    target = torch.randint(0, 100, (options.batch_size,), device=device)
+    options.pop("run")(**options)
 
-    step = statistics.median(_timed(partial(_step, student, teacher, image), device) for _ in range(5))
-    terms = {name: make().to(device) for name, make in LOSSES.items()}
+
+def time_losses(
+    teacher: str, student: str, batch_size: int, threads: int, device: str, json: bool, rounds: int
+) -> None:
+    """Time every logit loss alone.
+
+    Args:
+        teacher: name of a network in :mod:`kdlit.models`.
+        student: likewise.
+        batch_size: pictures a step.
+        threads: CPU threads, for the heading.
+        device: where to run.
+        json: whether to print JSON.
+        rounds: times that every loss is measured.
+    """
+    place = torch.device(device)
+    networks = getattr(models, student)().to(place), getattr(models, teacher)().to(place).eval().requires_grad_(False)
+    image = torch.randn(batch_size, 3, 32, 32, device=place)
+    target = torch.randint(0, 100, (batch_size,), device=place)
+    step = statistics.median(_timed(partial(_step, *networks, image), place) for _ in range(5))
+    terms = {name: make().to(place) for name, make in LOSSES.items()}
     for term in terms.values():
-        term.setup(student, teacher, image[:1])
-    seconds: dict[str, list[float]] = {name: [] for name in terms}
-    for round_number in range(options.rounds + 2):
-        for name, term in terms.items():
-            taken = _timed(partial(_loss, term, target), device)
-            if round_number >= 2:  # the first rounds warm up
-                seconds[name].append(taken)
-    medians = {name: statistics.median(values) for name, values in seconds.items()}
+        term.setup(*networks, image[:1])
+    runs = {name: partial(_loss, term, target) for name, term in terms.items()}
+    medians = _interleaved(runs, rounds, place)
     rows = {
         name: {"loss_ms": 1e3 * value, "step_ratio": 1 + (value - medians["kd"]) / step}
         for name, value in medians.items()
     }
-    if options.json:
-        print(json.dumps({"options": vars(options), "kd_step_ms": 1e3 * step, "losses": rows}, indent=2))
+    if json:
+        print(dumps({"pair": [teacher, student], "batch_size": batch_size, "kd_step_ms": 1e3 * step, "losses": rows}))
         return
-    print(
-        f"{options.teacher} -> {options.student}, batch {options.batch_size}, {device.type}, threads {options.threads}"
-    )
+    print(f"{teacher} -> {student}, batch {batch_size}, {place.type}, threads {threads}")
     print(f"a step with plain KD: {1e3 * step:.1f} ms\n\n| loss | alone, ms | step against that of KD |\n|---|---|---|")
     for name, row in rows.items():
         print(f"| {name} | {row['loss_ms']:.2f} | {row['step_ratio']:.4f} |")
+
+
+def time_steps(
+    teacher: str,
+    student: str,
+    batch_size: int,
+    threads: int,
+    device: str,
+    json: bool,
+    rounds: int,
+    num_samples: int,
+    plot: str | None,
+) -> None:
+    """Time whole training steps of every method.
+
+    Args:
+        teacher: name of a network in :mod:`kdlit.models`.
+        student: likewise.
+        batch_size: pictures a step.
+        threads: CPU threads, for the heading.
+        device: where to run.
+        json: whether to print JSON.
+        rounds: times that every method is measured.
+        num_samples: training samples, for memory banks.
+        plot: file to draw to.
+    """
+    place = torch.device(device)
+    trainings = {
+        name: _Training(getattr(models, teacher)(), getattr(models, student)(), terms(), num_samples, place)
+        for name, terms in METHODS.items()
+    }
+    image = torch.randn(batch_size, 3, 32, 32, device=place)
+    index = torch.randperm(num_samples)[:batch_size].to(place)
+    batch: Batch = {"image": image, "target": torch.randint(0, 100, (batch_size,), device=place), "index": index}
+    batch["image_strong"] = image.flip(-1)
+    medians = _interleaved({name: partial(one.step, batch) for name, one in trainings.items()}, rounds, place)
+    rows = {
+        name: {
+            "step_ms": 1e3 * medians[name],
+            "ratio_to_kd": medians[name] / medians["KD"],
+            "peak_mb": one.peak_bytes(batch) / 1e6,
+            "extra_parameters": one.extra_parameters,
+        }
+        for name, one in trainings.items()
+    }
+    if plot:
+        _draw(rows, f"{teacher} -> {student}, batch {batch_size}, {place.type}", plot)
+    if json:
+        print(dumps({"pair": [teacher, student], "batch_size": batch_size, "methods": rows}))
+        return
+    print(f"{teacher} -> {student}, batch {batch_size}, {place.type}, threads {threads}\n")
+    print("| method | step, ms | against KD | peak memory of a step, MB | extra parameters |\n|---|---|---|---|---|")
+    for name, row in rows.items():
+        print(
+            f"| {name} | {row['step_ms']:.0f} | {row['ratio_to_kd']:.2f} | {row['peak_mb']:.0f} | "
+            f"{row['extra_parameters']:,} |"
+        )
+
+
+class _Training:
+    """One method at work, without a trainer around it."""
+
+    def __init__(
+        self,
+        teacher: nn.Module,
+        student: nn.Module,
+        terms: dict[str, WeightedLoss | DistillationLoss],
+        num_samples: int,
+        device: torch.device,
+    ) -> None:
+        plain = sum(parameter.numel() for parameter in student.parameters())
+        if "simkd" not in terms:  # which is trained by its own loss alone
+            terms = {"ce": losses.CrossEntropyLoss(), **terms}
+        self.module = ClassificationDistillation(student, terms, teacher).to(device).train()
+        target = torch.randint(0, 100, (num_samples,))
+        for term in self.module._terms().values():
+            term.on_fit_start(target)
+        trainable = [parameter for parameter in self.module.parameters() if parameter.requires_grad]
+        self.optimizer = torch.optim.SGD(trainable, lr=1e-4, momentum=0.9)
+        self.extra_parameters = sum(parameter.numel() for parameter in trainable) - plain
+
+    def step(self, batch: Batch) -> None:
+        """Both forward passes, all losses, one backward pass, one step of the optimizer."""
+        teacher, student = self.module.run_teacher(batch), self.module.run_student(batch)
+        terms = self.module._terms()
+        objective = torch.stack(
+            [one.factor * run_loss(name, one, student, teacher, batch) for name, one in terms.items()]
+        )
+        self.optimizer.zero_grad()
+        objective.sum().backward()  # type: ignore[no-untyped-call]
+        self.optimizer.step()
+        for term in terms.values():
+            term.on_train_batch_end(student.detach(), teacher.detach(), batch)
+
+    def peak_bytes(self, batch: Batch) -> int:
+        """How much more memory a step takes at its peak than before it."""
+        if batch["image"].device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+            before = torch.cuda.memory_allocated()
+            self.step(batch)
+            return torch.cuda.max_memory_allocated() - before
+        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+            self.step(batch)
+        assert profiler.profiler is not None
+        events = profiler.profiler.kineto_results.events()
+        changes = [event.nbytes() for event in events if event.name() == "[memory]"]
+        return max(accumulate(changes), default=0)
+
+
+def _draw(rows: dict[str, dict[str, float]], title: str, path: str) -> None:
+    """Step time against extra parameters, a point for each method, as figures of efficiency in the papers do."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 5), layout="constrained")
+    axes = figure.add_subplot()
+    for name, row in rows.items():
+        axes.scatter(row["step_ms"], row["extra_parameters"], color="#0072B2", s=20)
+        axes.annotate(
+            name, (row["step_ms"], row["extra_parameters"]), xytext=(4, 4), textcoords="offset points", size=8
+        )
+    axes.set_yscale("symlog", linthresh=1_000)
+    axes.set(xlabel="training step, ms", ylabel="parameters beside the student's", title=title)
+    axes.grid(alpha=0.3)
+    figure.savefig(path)
+
+
+def _interleaved(runs: Mapping[str, Callable[[], None]], rounds: int, device: torch.device) -> dict[str, float]:
+    """Median seconds of each, all in turn within a round; the first two rounds warm up."""
+    seconds: dict[str, list[float]] = {name: [] for name in runs}
+    for number in range(rounds + 2):
+        for name, run in runs.items():
+            taken = _timed(run, device)
+            if number >= 2:
+                seconds[name].append(taken)
+    return {name: statistics.median(values) for name, values in seconds.items()}
 
 
 def _step(student: torch.nn.Module, teacher: torch.nn.Module, image: Tensor) -> None:

@@ -2,8 +2,10 @@
 
 from kdlit.losses.at import ATLoss, at_loss
 from kdlit.losses.base import DistillationLoss, LossWrapper, WeightedLoss
+from kdlit.losses.catkd import CATKDLoss, catkd_loss
 from kdlit.losses.cc import CCLoss
 from kdlit.losses.confidence import ConfidenceSelection
+from kdlit.losses.crd import CRDLoss, contrast_scores, crd_loss, log_normalizer
 from kdlit.losses.crld import CRLDLoss, crld_loss
 from kdlit.losses.cross_entropy import CrossEntropyLoss, cross_entropy_loss
 from kdlit.losses.ctkd import (
@@ -20,6 +22,7 @@ from kdlit.losses.ea import EntropyWeighting, entropy_weight
 from kdlit.losses.feature import FeatureLoss
 from kdlit.losses.fitnet import FitNetLoss
 from kdlit.losses.head import OnHead
+from kdlit.losses.itrd import ITRDLoss, itrd_loss
 from kdlit.losses.kd import KDLoss, kd_loss
 from kdlit.losses.la import LALoss, la_loss, swap_label_logit
 from kdlit.losses.lr import (
@@ -51,6 +54,7 @@ from kdlit.losses.rkd import RKDLoss, rkd_loss
 from kdlit.losses.rld import RLDLoss, rld_loss
 from kdlit.losses.simkd import SimKDLoss
 from kdlit.losses.sp import SPLoss, sp_loss
+from kdlit.losses.srrl import SRRLLoss, srrl_loss
 from kdlit.losses.ttm import TTMLoss, WTTMLoss, power_sum, ttm_loss, wttm_loss
 from kdlit.losses.vid import VIDLoss
 from kdlit.losses.vitkd import ViTKDLoss
@@ -59,7 +63,9 @@ from kdlit.losses.wkd import WKDLoss, class_distance, wkd_loss
 __all__ = [
     "ATLoss",
     "AutoBetaDKDLoss",
+    "CATKDLoss",
     "CCLoss",
+    "CRDLoss",
     "CRLDLoss",
     "ConfidenceSelection",
     "CrossEntropyLoss",
@@ -71,6 +77,7 @@ __all__ = [
     "FeatureLoss",
     "FitNetLoss",
     "GlobalTemperature",
+    "ITRDLoss",
     "InstanceTemperature",
     "KDLoss",
     "LALoss",
@@ -91,6 +98,7 @@ __all__ = [
     "RenyiEntropyLoss",
     "ReviewKDLoss",
     "SPLoss",
+    "SRRLLoss",
     "SimKDLoss",
     "TTMLoss",
     "TeacherRightCrossEntropyLoss",
@@ -101,8 +109,11 @@ __all__ = [
     "WeightedLoss",
     "at_loss",
     "batch_relation_loss",
+    "catkd_loss",
     "class_distance",
     "class_relation_loss",
+    "contrast_scores",
+    "crd_loss",
     "crld_loss",
     "cross_entropy_loss",
     "dist_loss",
@@ -111,8 +122,10 @@ __all__ = [
     "entropy_weight",
     "hierarchical_context_loss",
     "instance_temperature_kd_loss",
+    "itrd_loss",
     "kd_loss",
     "la_loss",
+    "log_normalizer",
     "logit_gap",
     "lr_loss",
     "mlkd_loss",
@@ -131,6 +144,7 @@ __all__ = [
     "rkd_loss",
     "rld_loss",
     "sp_loss",
+    "srrl_loss",
     "standardize_logits",
     "swap_label_logit",
     "teacher_right_cross_entropy_loss",

@@ -28,6 +28,17 @@ class FeatureLayers:
     pool: str = ""
     classifier: str = ""
 
+    @property
+    def pooled_map(self) -> str:
+        """Path of the map whose spatial mean the classifier is given; empty if that is not known.
+
+        Of some networks it is not the last of ``maps``: a WRN's batch norm and ReLU and the last convolution of a
+        MobileNetV2 come between.
+        """
+        if self.maps and self.pool and not self.pool.endswith(".input"):
+            return f"{self.pool}.input"
+        return self.maps[-1] if self.maps else ""
+
 
 def feature_layers(model: nn.Module) -> FeatureLayers:
     """Name the layers of a network that published methods use.

@@ -215,9 +215,6 @@ def pooled_map(model: nn.Module) -> str:
     Raises:
         ValueError: If the network does not say so.
     """
-    layers = feature_layers(model)
-    if layers.maps and layers.pool and not layers.pool.endswith(".input"):
-        return f"{layers.pool}.input"
-    if layers.maps:
-        return layers.maps[-1]
+    if path := feature_layers(model).pooled_map:
+        return path
     raise ValueError(f"teacher_layers must be named: {type(model).__name__} does not say which map it averages")

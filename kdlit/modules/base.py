@@ -261,7 +261,11 @@ class DistillationModule(L.LightningModule):
         problems = {
             "missing": [name for name in own if name not in saved],
             "unexpected": [name for name in saved if name not in own],
-            "of another shape": [name for name in own if name in saved and saved[name].shape != own[name].shape],
+            "of another shape": [
+                name
+                for name in own
+                if name in saved and saved[name].shape != own[name].shape and own[name].numel()  # an empty memory grows
+            ],
         }
         lists = [f"{len(names)} {kind} ({', '.join(names[:3])}, ...)" for kind, names in problems.items() if names]
         if lists:
