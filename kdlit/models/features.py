@@ -95,7 +95,10 @@ class _CatchInput(_Catch):
 
 def _version(value: Tensor) -> int:
     """How often a tensor has been written to; 0 in inference mode, where nobody counts and earlier passes must do."""
-    return 0 if value.is_inference() else value._version
+    try:
+        return value._version
+    except RuntimeError:
+        return 0
 
 
 def _locate(model: nn.Module, path: str) -> tuple[nn.Module, bool]:
