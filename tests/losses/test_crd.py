@@ -350,6 +350,17 @@ def test_a_resumed_run_has_the_same_memory_bit_for_bit(trainer, tmp_path) -> Non
     assert not torch.equal(first.losses["crd"].loss.memory_student, whole.losses["crd"].loss.memory_student)
 
 
+def test_a_checkpoint_with_a_memory_can_be_measured(trainer, tmp_path) -> None:
+    fitting = trainer(limit_val_batches=0)
+    module = distil()
+    fitting.fit(module, TinyData())
+    fitting.save_checkpoint(tmp_path / "last.ckpt")
+    again = distil()
+    figures = trainer().test(again, TinyData(), ckpt_path=tmp_path / "last.ckpt", verbose=False)
+    assert figures[0]["test/top1"] == trainer().test(module, TinyData(), verbose=False)[0]["test/top1"]
+    assert same(state(again.losses["crd"].loss), state(module.losses["crd"].loss))
+
+
 def test_accumulated_gradients_and_evaluation_between_batches(trainer) -> None:
     """Each micro-batch is taken in once; validation in the middle of an epoch takes in nothing."""
     module = distil()
