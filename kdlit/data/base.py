@@ -132,7 +132,7 @@ class SplitDataModule(L.LightningDataModule):
         size = round(self.subset * len(train))
         if size < self.batch_size:
             raise ValueError(f"batch_size is {self.batch_size}, but only {size} training pictures are there")
-        if self.subset < 1 and self.subset_by is None:
+        if size < len(train) and self.subset_by is None:
             train = train[hold_out(target[train], size, self.split_seed)]
         return train, val, symmetric_noise(target, self.num_classes, self.label_noise, self.noise_seed)
 
