@@ -15,6 +15,7 @@ from torch import Tensor
 
 from kdlit.losses.feature import FeatureLoss, Features, Shape, check_layers_give_maps, check_maps, in_pairs, same_size
 from kdlit.losses.functional import full_precision
+from kdlit.losses.last_layer import unit
 from kdlit.models.layers import FeatureLayers
 
 
@@ -50,7 +51,7 @@ def at_loss(student_feat: Features, teacher_feat: Features, *, p: int = 2) -> Te
 @full_precision
 def _attention_gap(student: Tensor, teacher: Tensor, p: int) -> Tensor:
     check_maps(student, teacher)
-    ours, theirs = (F.normalize(one.pow(p).mean(dim=1).flatten(1)) for one in same_size(student, teacher))
+    ours, theirs = (unit(one.pow(p).mean(dim=1).flatten(1)) for one in same_size(student, teacher))
     return F.mse_loss(ours, theirs)
 
 

@@ -91,8 +91,8 @@ class CATKDLoss(FeatureLoss):
         binarize: whether only the places above the mean absolute value of the teacher's class map are transferred.
         cat_weight: factor inside the loss, >= 0; 400 is the default of the authors' code, 15 to 600 are published with
             ``normalize``.
-        student_classifier: dotted path of the student's last layer; None: where the student says, else its last linear
-            layer.
+        student_classifier: dotted path of the student's last layer; None: where the student says, else the linear
+            layer that gives its logits.
         teacher_classifier: likewise of the teacher.
 
     Raises:
@@ -133,10 +133,11 @@ class CATKDLoss(FeatureLoss):
         """Find the layers and the classifiers."""
         super().setup(student, teacher, example, teacher_example)
         assert teacher is not None  # or the line before has raised
+        picture = example if teacher_example is None else teacher_example
         # In a tuple, so that they are no part of this loss.
         self._classifiers = (
-            linear_classifier(self, "student", student, self.student_classifier, self._widths[0]),
-            linear_classifier(self, "teacher", teacher, self.teacher_classifier, self._widths[1]),
+            linear_classifier(self, "student", student, self.student_classifier, self._widths[0], example),
+            linear_classifier(self, "teacher", teacher, self.teacher_classifier, self._widths[1], picture),
         )
 
     def compare(self, student: Sequence[Tensor], teacher: Sequence[Tensor]) -> Tensor:

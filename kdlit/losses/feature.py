@@ -45,6 +45,9 @@ class FeatureLoss(DistillationLoss):
             for layers in (student_layers, teacher_layers)
         ]
         student, teacher = self._given
+        for role, layers in (("student", student), ("teacher", teacher)):
+            if layers is not None and not layers:
+                raise ValueError(f"{role}_layers must name at least one layer, or be left out for the default")
         if student is not None and teacher is not None and len(student) != len(teacher):
             raise ValueError(
                 f"student_layers and teacher_layers must be as many, got {', '.join(student)} and {', '.join(teacher)}"
@@ -67,20 +70,46 @@ class FeatureLoss(DistillationLoss):
         """Settle the layers and build the connectors."""
         if teacher is None:
             raise ValueError(f"{type(self).__name__} needs a teacher, but there is none")
+        networks = (
+            ("student", student, example),
+            ("teacher", teacher, example if teacher_example is None else teacher_example),
+        )
         found = [
-            given or self._defaults(role, model)
-            for role, model, given in zip(("student", "teacher"), (student, teacher), self._given, strict=True)
+            self._defaults(role, model, picture) if given is None else given
+            for (role, model, picture), given in zip(networks, self._given, strict=True)
         ]
-        if None in self._given:
-            count = min(map(len, found))  # as many as both have, from shallow to deep, as published code pairs them
-            found = [layers[:count] for layers in found]
+        found = self.align(found)
         self.student_layers, self.teacher_layers = found
-        shapes = feature_shapes(student, found[0], example)
-        teacher_shapes = feature_shapes(teacher, found[1], example if teacher_example is None else teacher_example)
-        self.build([shapes[path] for path in found[0]], [teacher_shapes[path] for path in found[1]])
+        shapes = []
+        for (role, model, picture), layers in zip(networks, found, strict=True):
+            try:
+                of_path = feature_shapes(model, layers, picture)
+            except (ValueError, RuntimeError, TypeError) as error:
+                raise ValueError(f"{type(self).__name__}, {role}_layers: {error}") from error
+            shapes.append([of_path[path] for path in layers])
+        self.build(*shapes)
 
-    def _defaults(self, role: str, model: nn.Module) -> tuple[str, ...]:
-        layers = tuple(path for path in self.default_layers(feature_layers(model)) if path)
+    def align(self, found: list[tuple[str, ...]]) -> list[tuple[str, ...]]:
+        """Make as many layers of both networks: of defaults as many as both have, from shallow to deep.
+
+        Raises:
+            ValueError: If layers that were named do not pair up.
+        """
+        count = min(map(len, found))
+        if self._given == [None, None]:
+            return [layers[:count] for layers in found]
+        return self._in_pairs(found)
+
+    def _in_pairs(self, found: list[tuple[str, ...]]) -> list[tuple[str, ...]]:
+        if len(found[0]) != len(found[1]):
+            raise ValueError(
+                f"{type(self).__name__}: student_layers {', '.join(found[0])} and teacher_layers {', '.join(found[1])} "
+                "must be as many; name both"
+            )
+        return found
+
+    def _defaults(self, role: str, model: nn.Module, example: Tensor) -> tuple[str, ...]:
+        layers = tuple(path for path in self.default_layers(feature_layers(model, example)) if path)
         if not layers:
             children = ", ".join(name for name, _ in model.named_children())
             raise ValueError(
@@ -110,20 +139,19 @@ def in_pairs(student_feat: Features, teacher_feat: Features) -> list[tuple[Tenso
             f"student_feat and teacher_feat must be as many, at least one; got {len(students)} and {len(teachers)}"
         )
     for student, teacher in zip(students, teachers, strict=True):
-        if len(student) != len(teacher):
+        if len(student) != len(teacher) or not len(student):
             raise ValueError(
-                f"student_feat and teacher_feat must have one batch size, got shapes {tuple(student.shape)} and "
-                f"{tuple(teacher.shape)}"
+                f"student_feat and teacher_feat must have one batch size above 0, got shapes {tuple(student.shape)} "
+                f"and {tuple(teacher.shape)}"
             )
     return [(student, teacher.detach()) for student, teacher in zip(students, teachers, strict=True)]
 
 
 def same_size(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
-    """Bring the larger of two maps, ``(B, C, H, W)``, to the height and width of the smaller by average pooling."""
-    height, width = min(student.shape[-2:], teacher.shape[-2:])
+    """Bring two maps, ``(B, C, H, W)``, to the smaller height and the smaller width of both by average pooling."""
+    size = (min(student.shape[-2], teacher.shape[-2]), min(student.shape[-1], teacher.shape[-1]))
     student, teacher = (
-        one if one.shape[-2:] == (height, width) else F.adaptive_avg_pool2d(one, (height, width))
-        for one in (student, teacher)
+        one if one.shape[-2:] == size else F.adaptive_avg_pool2d(one, size) for one in (student, teacher)
     )
     return student, teacher
 

@@ -10,7 +10,7 @@ from torch.linalg import vector_norm
 
 from kdlit.losses.feature import FeatureLoss, Shape
 from kdlit.losses.functional import widened
-from kdlit.models.features import find_layer
+from kdlit.models.features import dry_run, find_layer
 from kdlit.models.layers import feature_layers
 
 EPS = 1e-12
@@ -42,29 +42,39 @@ def single_layer(
     return student[0], teacher[0]
 
 
-def linear_classifier(loss: FeatureLoss, role: str, model: nn.Module, path: str | None, width: int) -> nn.Module:
+def linear_classifier(
+    loss: FeatureLoss, role: str, model: nn.Module, path: str | None, width: int, example: Tensor
+) -> nn.Module:
     """Find the classifier of a network: a linear layer or a 1x1 convolution.
 
     Args:
         loss: who asks, for the messages.
         role: ``student`` or ``teacher``; its path is the argument ``{role}_classifier`` of the loss.
         model: the network.
-        path: dotted path of the classifier; None: where the network says, else its last linear layer.
+        path: dotted path of the classifier; None: where the network says, else the linear layer that gives its
+            logits.
         width: channels of the feature that it must take.
+        example: a batch of pictures for the network.
 
     Raises:
         ValueError: If there is none, it is another kind of layer, or it takes features of another width.
     """
-    name, path = type(loss).__name__, path or feature_layers(model).classifier
+    name, path = type(loss).__name__, path or feature_layers(model, example).classifier
     if not path:
-        raise ValueError(f"{name} needs {role}_classifier: {type(model).__name__} has no linear layer")
+        raise ValueError(f"{name} needs {role}_classifier: in {type(model).__name__} no linear layer gives the logits")
     layer = find_layer(model, path)
     if not isinstance(layer, nn.Linear) and not (isinstance(layer, nn.Conv2d) and layer.weight[0, 0].numel() == 1):
         raise ValueError(
             f"{name} needs a linear layer or a 1x1 convolution as {role}_classifier, but {path!r} is "
             f"{type(layer).__name__}"
         )
-    takes = class_weight(layer).shape[1]
+    classes, takes = class_weight(layer).shape
+    logits = dry_run(model, example)
+    if classes != (given := getattr(logits, "logits", logits).shape[1]):  # type: ignore[attr-defined]
+        raise ValueError(
+            f"{name}: {path!r} has {classes} classes, but the {role} gives {given}; set {role}_classifier to its last "
+            "layer"
+        )
     if takes != width:
         raise ValueError(
             f"{name}: the {role}'s classifier {path!r} takes {takes} channels, but layer {_layer(loss, role)!r} gives "

@@ -102,18 +102,11 @@ class DeepestLayersLoss(FeatureLoss):
     Arguments and errors are those of :class:`~kdlit.losses.FeatureLoss`.
     """
 
-    def setup(
-        self, student: nn.Module, teacher: nn.Module | None, example: Tensor, teacher_example: Tensor | None = None
-    ) -> None:
-        """Pair the layers, then settle them and build the connectors."""
-        if teacher is not None and None in self._given:
-            found = [
-                given or self._defaults(role, model)
-                for role, model, given in zip(("student", "teacher"), (student, teacher), self._given, strict=True)
-            ]
-            count = min(map(len, found))
-            self._given = [layers[-count:] for layers in found]
-        super().setup(student, teacher, example, teacher_example)
+    def align(self, found: list[tuple[str, ...]]) -> list[tuple[str, ...]]:
+        """Make as many layers of both networks: of defaults the deepest, as many as the other has."""
+        count = min(map(len, found))
+        cut = [layers[-count:] if given is None else layers for layers, given in zip(found, self._given, strict=True)]
+        return self._in_pairs(cut)
 
 
 class OFDLoss(DeepestLayersLoss):

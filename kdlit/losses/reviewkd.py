@@ -150,8 +150,8 @@ class ReviewKDLoss(DeepestLayersLoss):
         maps = layers.preact if self.student_preact else layers.maps
         return (*maps, layers.pool) if maps else ()
 
-    def _defaults(self, role: str, model: nn.Module) -> tuple[str, ...]:
-        found, layers = super()._defaults(role, model), feature_layers(model)
+    def _defaults(self, role: str, model: nn.Module, example: Tensor) -> tuple[str, ...]:
+        found, layers = super()._defaults(role, model, example), feature_layers(model)
         return found if role == "student" else tuple(filter(None, (*layers.preact[1:], layers.pool)))
 
     def build(self, student: Sequence[Shape], teacher: Sequence[Shape]) -> None:

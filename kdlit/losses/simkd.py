@@ -43,6 +43,7 @@ class SimKDLoss(FeatureLoss):
         student_layers: Sequence[str] | str | None = None,
         teacher_layers: Sequence[str] | str | None = None,
         factor: int = 2,
+        teacher_classifier: str | None = None,
     ) -> None:
         super().__init__(student_layers, teacher_layers)
         for role, layers in zip(("student", "teacher"), self._given, strict=True):
@@ -51,6 +52,7 @@ class SimKDLoss(FeatureLoss):
         if not isinstance(factor, int) or factor < 1:
             raise ValueError(f"factor must be an integer >= 1, got {factor!r}")
         self.factor = factor
+        self.teacher_classifier = teacher_classifier
 
     def default_layers(self, layers: FeatureLayers) -> Sequence[str]:
         """The last map."""
@@ -67,10 +69,17 @@ class SimKDLoss(FeatureLoss):
                 "SimKDLoss makes a SimKDStudent of the student, but it is one already; give its body as the student, "
                 "and this loss once"
             )
-        (layer,) = self._given[0] or self._defaults("student", student)
+        (layer,) = self._given[0] or self._defaults("student", student, example)
         (teacher_layer,) = self._given[1] or (pooled_map(teacher),)
         return SimKDStudent.from_teacher(
-            student, teacher, example, teacher_example, factor=self.factor, layer=layer, teacher_layer=teacher_layer
+            student,
+            teacher,
+            example,
+            teacher_example,
+            factor=self.factor,
+            layer=layer,
+            teacher_layer=teacher_layer,
+            teacher_classifier=self.teacher_classifier,
         )
 
     def setup(

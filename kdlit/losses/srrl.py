@@ -72,8 +72,8 @@ class SRRLLoss(FeatureLoss):
         student_layers: one layer with a map; None: the map whose mean the student classifies.
         teacher_layers: one layer, the map whose mean the teacher classifies; None: where the teacher says.
         weight: factor of the softmax regression, >= 0; feature matching has 1.
-        teacher_classifier: dotted path of the teacher's last layer; None: where the teacher says, else its last linear
-            layer.
+        teacher_classifier: dotted path of the teacher's last layer; None: where the teacher says, else the linear
+            layer that gives its logits.
 
     Raises:
         ValueError: If the weight is negative, or, at :meth:`setup`, if a layer gives no map or the teacher's classifier
@@ -109,8 +109,11 @@ class SRRLLoss(FeatureLoss):
         """Build the connector and find the teacher's classifier."""
         super().setup(student, teacher, example, teacher_example)
         assert teacher is not None  # or the line before has raised
+        picture = example if teacher_example is None else teacher_example
         # In a tuple, so that it is no part of this loss.
-        self._of_teacher = (linear_classifier(self, "teacher", teacher, self.teacher_classifier, self._teacher_width),)
+        self._of_teacher = (
+            linear_classifier(self, "teacher", teacher, self.teacher_classifier, self._teacher_width, picture),
+        )
 
     def connect(self, student_feat: Tensor) -> Tensor:
         """Bring student maps to the teacher's width."""
@@ -127,4 +130,6 @@ class SRRLLoss(FeatureLoss):
         """Scalar loss of one batch."""
         connected = self.connect(student.features[self.student_layers[0]])
         teacher_feat = teacher.features[self.teacher_layers[0]]
-        return srrl_loss(connected, teacher_feat, self.cross_logits(connected), teacher.logits, weight=self.weight)
+        # Not teacher.logits, which a wrapper such as LogitStandardization changes, though these are the same.
+        teacher_logits = self.cross_logits(teacher_feat)
+        return srrl_loss(connected, teacher_feat, self.cross_logits(connected), teacher_logits, weight=self.weight)

@@ -118,7 +118,9 @@ def find_layer(model: nn.Module, path: str) -> nn.Module:
     layers: dict[str, nn.Module] = dict(model.named_modules())
     if path and path in layers:
         return layers[path]
-    close = difflib.get_close_matches(path, layers, n=5, cutoff=0.4) or [name for name, _ in model.named_children()]
+    close = difflib.get_close_matches(path, filter(None, layers), n=5, cutoff=0.4) or [
+        name for name, _ in model.named_children()
+    ]
     raise ValueError(f"{type(model).__name__} has no layer {path!r}; close names: {', '.join(close)}")
 
 

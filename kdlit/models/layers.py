@@ -5,8 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import torch
 import torchvision.models as tv
-from torch import nn
+from torch import Tensor, nn
+
+from kdlit.models.features import dry_run
 
 
 @dataclass(frozen=True)
@@ -20,6 +23,8 @@ class FeatureLayers:
         norms: the batch norms before these ReLUs, one for each of the last maps in ``preact``.
         pool: the feature of the whole picture, shape ``(B, D)``: what the classifier is given.
         classifier: the last layer.
+        averaged: the map whose mean the classifier is given, where it is neither what ``pool`` is given nor the last of
+            ``maps``.
     """
 
     maps: tuple[str, ...] = ()
@@ -27,6 +32,7 @@ class FeatureLayers:
     norms: tuple[str, ...] = ()
     pool: str = ""
     classifier: str = ""
+    averaged: str = ""
 
     @property
     def pooled_map(self) -> str:
@@ -35,17 +41,23 @@ class FeatureLayers:
         Of some networks it is not the last of ``maps``: a WRN's batch norm and ReLU and the last convolution of a
         MobileNetV2 come between.
         """
+        if self.averaged:
+            return self.averaged
         if self.maps and self.pool and not self.pool.endswith(".input"):
             return f"{self.pool}.input"
         return self.maps[-1] if self.maps else ""
 
 
-def feature_layers(model: nn.Module) -> FeatureLayers:
+def feature_layers(model: nn.Module, example: Tensor | None = None) -> FeatureLayers:
     """Name the layers of a network that published methods use.
 
     Networks of kdlit say so themselves, by a property ``feature_layers`` that any other network may have too. It is
-    known of torchvision's ResNets and MobileNetV2 and of timm's plain vision transformers. Of any other network it is
-    supposed that the last linear layer is the classifier.
+    known of torchvision's ResNets and MobileNetV2 and of timm's plain vision transformers. Of any other network a pass
+    with an example shows which linear layer gives the logits.
+
+    Args:
+        model: any network.
+        example: a batch of pictures, shape ``(B, C, H, W)``; None: unknown networks stay unknown.
     """
     own = getattr(model, "feature_layers", None)
     if isinstance(own, FeatureLayers):
@@ -58,8 +70,26 @@ def feature_layers(model: nn.Module) -> FeatureLayers:
             if isinstance(blocks := getattr(model, holder, None), nn.Sequential):
                 maps = tuple(f"{holder}.{index}{inner}" for index in range(len(blocks)))
                 return FeatureLayers(maps, maps, pool="head.input", classifier="head")
-    linear = [name for name, layer in model.named_modules() if isinstance(layer, nn.Linear) and name]
-    return FeatureLayers(pool=f"{linear[-1]}.input", classifier=linear[-1]) if linear else FeatureLayers()
+    classifier = "" if example is None else _classifier(model, example)
+    return FeatureLayers(pool=f"{classifier}.input", classifier=classifier) if classifier else FeatureLayers()
+
+
+def _classifier(model: nn.Module, example: Tensor) -> str:
+    """Path of the one linear layer whose output are the logits; empty if there is none, or several."""
+    outputs: list[tuple[str, Tensor]] = []
+    handles = [
+        layer.register_forward_hook(lambda _, args, output, name=name: outputs.append((name, output)))
+        for name, layer in model.named_modules()
+        if isinstance(layer, nn.Linear) and name
+    ]
+    try:
+        logits = dry_run(model, example)
+    finally:
+        for handle in handles:
+            handle.remove()
+    logits = getattr(logits, "logits", logits)
+    found = {name for name, output in outputs if isinstance(logits, Tensor) and torch.equal(output, logits)}
+    return found.pop() if len(found) == 1 else ""
 
 
 def _resnet(model: nn.Module) -> FeatureLayers:

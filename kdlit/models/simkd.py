@@ -124,6 +124,7 @@ class SimKDStudent(nn.Module):
         factor: int = 2,
         layer: str | None = None,
         teacher_layer: str | None = None,
+        teacher_classifier: str | None = None,
     ) -> SimKDStudent:
         """Make the student of a teacher, with a copy of its classifier.
 
@@ -135,16 +136,18 @@ class SimKDStudent(nn.Module):
             factor: of the projector.
             layer: dotted path of the student's map; None: its last one.
             teacher_layer: dotted path of the teacher's map; None: see :func:`pooled_map`.
+            teacher_classifier: dotted path of its last layer; None: where it says, else the linear layer that gives its
+                logits.
 
         Raises:
             ValueError: If a layer is not known or gives no map, or the teacher's logits are not made in this way.
         """
         teacher_layer = teacher_layer or pooled_map(teacher)
-        path = feature_layers(teacher).classifier
+        picture = example if teacher_example is None else teacher_example
+        path = teacher_classifier or feature_layers(teacher, picture).classifier
         last = find_layer(teacher, path) if path else None
         if not isinstance(last, (nn.Linear, nn.Conv2d)):
             raise ValueError(f"SimKD reuses a linear classifier, but of {type(teacher).__name__} none is known")
-        picture = example if teacher_example is None else teacher_example
         picture = torch.linspace(-1, 1, picture.numel()).view_as(picture)  # a black one could hide a difference
         tap = FeatureTap(teacher, [teacher_layer])
         try:
@@ -158,7 +161,8 @@ class SimKDStudent(nn.Module):
             )
         weight, bias = last.weight.detach().flatten(1), None if last.bias is None else last.bias.detach()
         logits = cast("Tensor", getattr(output, "logits", output))
-        if weight.shape[1] != feature.shape[1] or not torch.allclose(
+        fits = weight.shape == (logits.shape[1], feature.shape[1])
+        if not fits or not torch.allclose(
             linear(feature.mean((2, 3)), weight, bias), logits, rtol=1e-2, atol=1e-2 * float(logits.abs().max())
         ):
             raise ValueError(
@@ -185,12 +189,14 @@ class SimKDStudent(nn.Module):
 
     @property
     def feature_layers(self) -> FeatureLayers:
-        """Where to look inside: the places of the body, and the teacher's classifier."""
+        """Where to look inside: the maps of the body; of the projector what is pooled for the teacher's classifier."""
         body = feature_layers(self.body)
         maps, preact, norms = (
             tuple(f"body.{path}" for path in paths) for paths in (body.maps, body.preact, body.norms)
         )
-        return FeatureLayers(maps, preact, norms, f"body.{body.pool}" if body.pool else "", "classifier")
+        return FeatureLayers(
+            maps, preact, norms, pool="classifier.input", classifier="classifier", averaged="projector"
+        )
 
     def forward(self, image: Tensor) -> Tensor:
         """Classify pictures.

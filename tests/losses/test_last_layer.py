@@ -161,7 +161,7 @@ def test_mistakes_with_classifiers(method: str) -> None:
     with pytest.raises(ValueError, match="has no layer 'haed'; close names: head"):
         MAKE[method]("second", "second", teacher_classifier="haed").setup(Own(), Own(), example())
     silent = nn.Sequential(nn.Conv2d(3, 5, 8), nn.Flatten())
-    with pytest.raises(ValueError, match="needs teacher_classifier: Sequential has no linear layer"):
+    with pytest.raises(ValueError, match="needs teacher_classifier: in Sequential no linear layer gives the logits"):
         MAKE[method]("second", "0").setup(Own(), silent, example())
 
 

@@ -192,7 +192,7 @@ def test_default_layers(student, teacher, layer, teacher_layer, size):
     layers, inner = feature_layers(distiller.student), feature_layers(student)
     assert layers.maps == tuple(f"body.{path}" for path in inner.maps)
     assert layers.norms == tuple(f"body.{path}" for path in inner.norms)
-    assert (layers.pool, layers.classifier) == (f"body.{inner.pool}", "classifier")
+    assert (layers.pool, layers.classifier, layers.pooled_map) == ("classifier.input", "classifier", "projector")
 
 
 def test_a_larger_map_is_averaged_and_pictures_of_other_sizes_pass():

@@ -61,11 +61,30 @@ def test_the_input_of_a_relu_is_the_sum_before_it():
     assert (caught[layers.preact[1]] < 0).any()
 
 
-def test_of_any_other_network_the_last_linear_layer_is_the_classifier():
+def test_of_any_other_network_the_linear_layer_that_gives_the_logits_is_the_classifier():
     network = nn.Sequential(nn.Flatten(), nn.Linear(12, 4), nn.ReLU(), nn.Linear(4, 3))
-    assert feature_layers(network) == FeatureLayers(pool="3.input", classifier="3")
+    network.append(nn.Identity())
+    assert feature_layers(network, torch.zeros(1, 3, 2, 2)) == FeatureLayers(pool="3.input", classifier="3")
+    assert feature_layers(network) == FeatureLayers()
+    network.append(nn.Softmax(1))  # no layer gives the logits
+    assert feature_layers(network, torch.zeros(1, 3, 2, 2)) == FeatureLayers()
     assert feature_shapes(network, ["3.input"], torch.zeros(1, 3, 2, 2)) == {"3.input": (1, 4)}
     assert feature_layers(nn.Conv2d(3, 3, 1)) == FeatureLayers()
+
+
+def test_linear_layers_beside_the_classifier_do_not_mislead():
+    class Gated(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.head = nn.Linear(12, 5)
+            self.gate = nn.Linear(12, 12)
+            self.unused = nn.Linear(12, 5)
+
+        def forward(self, image):
+            feature = image.flatten(1)
+            return self.head(feature * self.gate(feature).sigmoid())
+
+    assert feature_layers(Gated(), torch.rand(1, 3, 2, 2)).classifier == "head"
 
 
 def test_a_network_may_say_so_itself():
