@@ -6,6 +6,7 @@ import csv
 import io
 import logging
 import os
+import stat
 import pickle
 import warnings
 from multiprocessing.reduction import ForkingPickler
@@ -157,8 +158,9 @@ def test_an_unreadable_folder_is_named(tmp_path, as_nobody, closed, monkeypatch)
     root = tmp_path / "pictures"
     os.seteuid(0) if os.getuid() == 0 else None
     put(root, "a/1.jpg", "a/deep/1.jpg")
-    for folder in (tmp_path.parent.parent, tmp_path.parent, tmp_path):
-        folder.chmod(0o755)
+    for folder in (tmp_path, *tmp_path.parents):
+        if folder.stat().st_uid == os.getuid() and not folder.stat().st_mode & stat.S_IXOTH:
+            folder.chmod(0o755)
     (root / closed).chmod(0)
     os.seteuid(65534) if os.getuid() == 0 else None
     with pytest.raises(ValueError, match=rf"this user may not read {root / closed}.*; change its permissions"):
