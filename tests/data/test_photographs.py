@@ -6,8 +6,8 @@ import csv
 import io
 import logging
 import os
-import stat
 import pickle
+import stat
 import warnings
 from multiprocessing.reduction import ForkingPickler
 
