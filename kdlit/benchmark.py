@@ -266,9 +266,8 @@ def _draw(rows: dict[str, dict[str, float]], title: str, path: str) -> None:
     by_time = sorted(rows.items(), key=lambda item: (item[1]["extra_parameters"] > 1, item[1]["ratio_to_kd"]))
     for number, (name, row) in enumerate(by_time):
         place = row["ratio_to_kd"], row["extra_parameters"]
-        up = (
-            4 + 9 * (number % 3) if row["extra_parameters"] > 1 else 8 + 11 * (number % 12)
-        )  # many stand close together at the bottom
+        # Many stand close together at the bottom, so that their names must be spread out.
+        up = 4 + 9 * (number % 3) if row["extra_parameters"] > 1 else 8 + 11 * (number % 12)
         axes.scatter(*place, color="#0072B2", s=20, zorder=3)
         axes.annotate(name, place, xytext=(4, up), textcoords="offset points", size=7, arrowprops=line)
     axes.set_yscale("symlog", linthresh=1_000)

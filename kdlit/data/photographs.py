@@ -9,6 +9,7 @@ import re
 import sys
 import time
 from array import array
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -187,7 +188,7 @@ def _check_classes(folder: Path, names: list[str], expected: Sequence[str] | Non
             "remove or rename them"
         )
     if expected is not None:
-        if twice := sorted({name for name in expected if expected.count(name) > 1}):
+        if twice := sorted(name for name, count in Counter(expected).items() if count > 1):
             raise ValueError(f"classes must name each class once, but names more than once: {_few(twice)}")
         missing, extra = sorted(set(expected) - set(names)), sorted(set(names) - set(expected))
         odd = [f"{what}: {_few(some)}" for what, some in (("missing", missing), ("unexpected", extra)) if some]
