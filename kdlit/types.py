@@ -19,6 +19,9 @@ class Batch(TypedDict):
         image_strong: a second, strongly augmented view of ``image``; only for methods with two views.
         image_teacher: the same pictures as ``image`` in the teacher's size and statistics, where these are its own.
         image_teacher_strong: likewise of ``image_strong``.
+        teacher_logits: what the teacher gives for its form of ``image``, shape ``(B, C)``, known beforehand; it is then
+            not run.
+        teacher_logits_strong: likewise for that of ``image_strong``.
         sample_weight: how much each sample counts in losses that are a mean over samples, float >= 0, shape ``(B,)``.
     """
 
@@ -28,6 +31,8 @@ class Batch(TypedDict):
     image_strong: NotRequired[Tensor]
     image_teacher: NotRequired[Tensor]
     image_teacher_strong: NotRequired[Tensor]
+    teacher_logits: NotRequired[Tensor]
+    teacher_logits_strong: NotRequired[Tensor]
     sample_weight: NotRequired[Tensor]
 
 

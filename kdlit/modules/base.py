@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, cast
 
 import lightning as L
@@ -15,6 +16,10 @@ from torch import Tensor, nn
 from kdlit.losses import DistillationLoss, WeightedLoss
 from kdlit.losses.functional import widened
 from kdlit.models.features import FeatureTap, dry_run
+from kdlit.modules.means import RunningMeans
+from kdlit.modules.networks import check_image, logits_of, run_network
+from kdlit.modules.performance import Performance, Preset, chosen, compile_in_place, fused, keep_freed_memory
+from kdlit.modules.teacher import FrozenTeacher
 from kdlit.types import Batch, ModelOutput
 
 
@@ -40,6 +45,8 @@ class DistillationModule(L.LightningModule):
         lr_scheduler: makes the learning-rate schedule from the optimizer, stepped once an epoch.
         input_size: size of one picture, ``(C, H, W)``, for the dry run that checks both networks at construction.
         teacher_input_size: likewise for the teacher, where the data gives it pictures of its own as ``image_teacher``.
+        performance: how a step is computed: ``exact``, every number as in plain float32 up to rounding; ``fast``,
+            the networks in bfloat16; ``plain``, nothing changed; or single options.
 
     Raises:
         ValueError: If the class counts differ, a loss lacks its teacher, a layer path does not exist, there is no loss
@@ -57,6 +64,7 @@ class DistillationModule(L.LightningModule):
         lr_scheduler: LRSchedulerCallable | None = None,
         input_size: Sequence[int] = (3, 32, 32),
         teacher_input_size: Sequence[int] | None = None,
+        performance: Performance | Preset = "exact",
     ) -> None:
         super().__init__()
         if _given_hyperparameters.get() is not None:
@@ -68,6 +76,8 @@ class DistillationModule(L.LightningModule):
         self.losses = nn.ModuleDict(weighted_terms(losses))
         self.optimizer = optimizer
         self.lr_scheduler = lr_scheduler
+        self.performance = chosen(performance)
+        self.means = {stage: RunningMeans() for stage in ("train", "val", "test")}
 
         if teacher is not None and {id(p) for p in student.parameters()} & {id(p) for p in teacher.parameters()}:
             raise ValueError("student and teacher share parameters; give the teacher its own copy (copy.deepcopy)")
@@ -76,7 +86,6 @@ class DistillationModule(L.LightningModule):
             if self.teacher is None and term.needs_teacher:
                 raise ValueError(f"losses.{name} ({type(term.loss).__name__}) needs a teacher, but teacher is None")
         self._channels = input_size[0]
-        self._teacher_has_own_input = teacher_input_size is not None
         example = torch.zeros(1, *input_size)
         teacher_example = torch.zeros(1, *(teacher_input_size or input_size))
         self.num_classes = self._count_classes("student", student, example)
@@ -88,16 +97,21 @@ class DistillationModule(L.LightningModule):
                 )
             # DDP reads this attribute of the module it wraps and then broadcasts nothing of the teacher.
             self._ddp_params_and_buffers_to_ignore = [f"teacher.{name}" for name in teacher.state_dict()]
-        examples = [example, *([teacher_example] if self._teacher_has_own_input else [])]
+        examples = [example, *([] if teacher_input_size is None else [teacher_example])]
         for term in terms.values():
             self.student = term.extend_student(self.student, teacher, *examples)
         for term in terms.values():
             term.setup(self.student, teacher, *examples)
         layers = {path for term in terms.values() for path in term.student_layers}
         self._student_tap = self._tap("student", self.student, example, layers)
+        if self.performance.channels_last:
+            self.student.to(memory_format=torch.channels_last)
+        self._frozen_teacher: FrozenTeacher | None = None
         if teacher is not None:
             layers = {path for term in terms.values() for path in term.teacher_layers}
-            self._teacher_tap = self._tap("teacher", teacher, teacher_example, layers)
+            self._tap("teacher", teacher, teacher_example, layers).remove()  # it was a trial
+            own = teacher_input_size is not None
+            self._frozen_teacher = FrozenTeacher(teacher, layers, self.performance, teacher_example, own)
 
     def _terms(self) -> dict[str, WeightedLoss]:
         return cast("dict[str, WeightedLoss]", dict(self.losses.items()))
@@ -135,83 +149,120 @@ class DistillationModule(L.LightningModule):
 
     def forward(self, image: Tensor) -> Tensor:
         """Return the student's logits, shape ``(B, C)``, for pictures of shape ``(B, *input_size)``."""
-        return logits_of(self.student(image), "student")
+        with self.student_precision(image.device):
+            return logits_of(self.student(image), "student")
 
     def run_student(self, batch: Batch) -> ModelOutput:
         """One forward pass of the student, and one more on the strong view if a loss needs it."""
-        return self._run("student", self.student, batch, self._student_tap)
+        check_image(batch["image"], self._channels, self.dtype)
+        with self.student_precision(batch["image"].device):
+            return run_network("student", self.student, self._student_tap, batch, self._needs_strong_view())
 
     def run_teacher(self, batch: Batch) -> ModelOutput:
         """The same of the teacher, without a graph, on its own form of the pictures; None if there is no teacher."""
-        if self.teacher is None:
+        if self._frozen_teacher is None:
             return cast("ModelOutput", None)  # only losses with needs_teacher=False read it
-        if "image_teacher" in batch:
-            batch = cast("Batch", {**batch, "image": batch["image_teacher"]})
-            if "image_teacher_strong" in batch:
-                batch["image_strong"] = batch["image_teacher_strong"]
-        elif self._teacher_has_own_input:
-            raise ValueError(
-                f"teacher_input_size is set, but the batch has no image_teacher, only {', '.join(batch)}; set "
-                "--data.teacher_input, or add it in your own data module"
-            )
-        with torch.no_grad():
-            return self._run("teacher", self.teacher, batch, self._teacher_tap)
+        check_image(batch["image"], self._channels, self.dtype)
+        return self._frozen_teacher(batch, self._needs_strong_view())
 
-    def _run(self, role: str, model: nn.Module, batch: Batch, tap: FeatureTap) -> ModelOutput:
-        self._check_image(batch["image"])
-        logits = logits_of(model(batch["image"]), role)
-        output = ModelOutput(widened(logits), {path: widened(value) for path, value in tap.take().items()})
-        if self.training and any(term.needs_strong_view for term in self._terms().values()):
-            if "image_strong" not in batch:
-                raise ValueError(
-                    f"a loss needs a second view, image_strong, but the batch has only {', '.join(batch)}; "
-                    "set --data.strong_view=true, or add it in your own data module"
-                )
-            output.logits_strong = widened(logits_of(model(batch["image_strong"]), role))
-            tap.forget()
-        return output
+    def _needs_strong_view(self) -> bool:
+        return self.training and any(term.needs_strong_view for term in self._terms().values())
 
-    def _check_image(self, image: Tensor) -> None:
-        if image.ndim != 4 or image.shape[1] != self._channels or not image.is_floating_point():
-            raise ValueError(
-                f"image must be floating point of shape (batch, {self._channels}, height, width), got {image.dtype} of "
-                f"shape {tuple(image.shape)}"
-            )
-        if image.dtype == torch.float64 != self.dtype:
-            raise ValueError("image is float64, but the networks are float32: let the data give image.float()")
+    def student_precision(self, device: torch.device) -> AbstractContextManager[Any]:
+        """Autocast, if that is asked for and the trainer does not do it anyway."""
+        if self.performance.student_dtype == "float32" or torch.is_autocast_enabled(device.type):
+            return nullcontext()
+        return torch.autocast(device.type, torch.bfloat16)
 
     # Training
 
     def training_step(self, batch: Any, batch_idx: int) -> dict[str, Any]:
         """Run both networks once and add up the losses."""
         batch = as_batch(batch)
-        teacher, student = self.run_teacher(batch), self.run_student(batch)
+        outputs = self.distil(batch, self.run_teacher(batch))
+        self.show(outputs["loss"], batch_idx)
+        return outputs
+
+    def distil(self, batch: Batch, teacher: ModelOutput) -> dict[str, Any]:
+        """Run the student and add up the losses.
+
+        Args:
+            batch: the pictures and their labels.
+            teacher: what :meth:`run_teacher` gave for them.
+
+        Returns:
+            ``loss``, the objective, and what it came from, without a graph: ``batch``, ``student``, ``teacher``.
+        """
+        student = self.run_student(batch)
         objective = torch.zeros((), device=student.logits.device)
-        logged = {}
+        figures = {}
         with torch.autocast(student.logits.device.type, enabled=False):
             for name, term in self._terms().items():
                 value = run_loss(name, term, student, teacher, batch)
                 objective = objective + term.factor * value
-                logged[f"train/loss/{name}"] = value.detach()
-        self.log("loss", objective.detach(), prog_bar=True, logger=False)
-        self.log_dict(
-            {"train/loss": objective.detach(), **logged},
-            on_step=False,
-            on_epoch=True,
-            sync_dist=True,
-            batch_size=len(batch["image"]),
-        )
-        return {
-            "loss": objective,
-            "batch": batch,
-            "student": student.detach(),
-            "teacher": None if teacher is None else teacher.detach(),
-        }
+                figures[f"train/loss/{name}"] = value.detach()
+        seen = student.detach()
+        figures = {"train/loss": objective.detach(), **figures, **self.watch(seen, batch)}
+        self.means["train"].add(figures, len(batch["image"]))
+        teacher = cast("ModelOutput", None) if teacher is None else teacher.detach()
+        return {"loss": objective, "batch": batch, "student": seen, "teacher": teacher}
+
+    def show(self, objective: Tensor, batch_idx: int) -> None:
+        """Put the objective on the progress bar, once in ``log_every_n_steps`` of the trainer."""
+        every = getattr(self._trainer, "log_every_n_steps", 0)
+        if every and batch_idx % every == 0:
+            self.log("loss", objective.detach(), prog_bar=True, logger=False)
+
+    def watch(self, student: ModelOutput, batch: Batch) -> dict[str, Tensor]:
+        """What else to log about a training batch: means over its samples by name, scalars. Here, nothing.
+
+        Args:
+            student: what the student gave, without a graph.
+            batch: the pictures and their labels.
+        """
+        return {}
+
+    def figures(self, stage: str) -> dict[str, Tensor]:
+        """Return the means of a part of the epoch that has ended, by name, over all processes.
+
+        Args:
+            stage: ``train``, ``val`` or ``test``.
+        """
+        return self.means[stage].take(self._over_processes)
+
+    def _over_processes(self, sums: Tensor) -> Tensor:
+        return cast("Tensor", self.trainer.strategy.reduce(sums, reduce_op="sum"))
+
+    def on_train_epoch_end(self) -> None:
+        """Log the means over the epoch."""
+        self._log_figures("train")
+
+    def on_validation_epoch_end(self) -> None:
+        """Log the means over the validation pictures."""
+        self._log_figures("val")
+
+    def on_test_epoch_end(self) -> None:
+        """Log the means over the test pictures."""
+        self._log_figures("test")
+
+    def _log_figures(self, stage: str) -> None:
+        for name, value in self.figures(stage).items():
+            self.log(name, value, prog_bar=name == "val/top1", sync_dist=True)
+
+    def on_train_start(self) -> None:
+        """Tell the losses which epoch goes on, where a run is taken up in the middle of one."""
+        if self.trainer.fit_loop.restarted_mid_epoch:
+            self.on_epoch(self.current_epoch)
 
     def on_train_epoch_start(self) -> None:
         """Tell the losses which epoch starts."""
+        self.means["train"] = RunningMeans()  # an epoch that was broken off may have left some
+        self.on_epoch(self.current_epoch)
+
+    def on_epoch(self, epoch: int) -> None:
+        """Move the losses to an epoch, counted from 0."""
         for term in self._terms().values():
-            term.on_train_epoch_start(self.current_epoch, self.trainer.max_epochs or -1)
+            term.on_train_epoch_start(epoch, self.trainer.max_epochs or -1)
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Let the losses update their memories."""
@@ -226,7 +277,7 @@ class DistillationModule(L.LightningModule):
         if not trainable:
             raise ValueError("the student has no trainable parameter; all have requires_grad=False")
         try:
-            optimizer = self.optimizer(trainable)
+            optimizer = self.fast_optimizer(self.optimizer(trainable))
         except (TypeError, ValueError) as error:
             raise ValueError(f"the optimizer cannot be built: {error}") from error
         if self.lr_scheduler is None:
@@ -234,6 +285,12 @@ class DistillationModule(L.LightningModule):
         scheduler = self.lr_scheduler(optimizer)
         monitor = getattr(scheduler, "monitor", "val/cross_entropy")  # read by ReduceLROnPlateau alone
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "monitor": monitor}}
+
+    def fast_optimizer(self, optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
+        """Return the optimizer in the form that ``performance`` asks for."""
+        # Under 16-mixed the trainer must scale and clip the gradients in passes of its own.
+        in_passes = self._trainer is not None and self.trainer.precision == "16-mixed"
+        return fused(optimizer) if self.performance.fused_optimizer and not in_passes else optimizer
 
     # Teacher hygiene
 
@@ -248,6 +305,7 @@ class DistillationModule(L.LightningModule):
         """Leave the teacher out."""
         state = checkpoint["state_dict"]
         checkpoint["state_dict"] = {name: value for name, value in state.items() if not name.startswith("teacher.")}
+        checkpoint["means"] = {stage: means.state_dict() for stage, means in self.means.items()}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Put the teacher's own weights in, so that loading stays strict.
@@ -255,6 +313,9 @@ class DistillationModule(L.LightningModule):
         Raises:
             ValueError: If the checkpoint is of another student or of other losses.
         """
+        if self._trainer is not None and self.trainer.training and self.global_rank == 0:
+            for stage, means in self.means.items():
+                means.load_state_dict(checkpoint["means"][stage])
         saved, own = checkpoint["state_dict"], self.state_dict()
         if self.teacher is not None:
             saved.update(self.teacher.state_dict(prefix="teacher."))
@@ -275,7 +336,7 @@ class DistillationModule(L.LightningModule):
             )
 
     def setup(self, stage: str) -> None:
-        """Refuse a data set with other classes than the networks have, and tell the losses what they train on."""
+        """Refuse a data set with other classes than the networks have, and make everything ready to run."""
         data = getattr(self.trainer, "datamodule", None)
         data_classes = getattr(data, "num_classes", None)
         if data_classes is not None and data_classes != self.num_classes:
@@ -283,6 +344,19 @@ class DistillationModule(L.LightningModule):
                 f"the data has {data_classes} classes, but the student gives {self.num_classes} logits; "
                 f"set num_classes of student and teacher to {data_classes}"
             )
+        if self._frozen_teacher is not None:
+            self._frozen_teacher.prepare()
+        options = self.performance
+        if options.keep_memory and self.trainer.strategy.root_device.type == "cpu":
+            keep_freed_memory()
+        if options.tf32 is not None:
+            torch.backends.cudnn.allow_tf32 = options.tf32
+            torch.set_float32_matmul_precision("high" if options.tf32 else "highest")
+        if "student" in options.compile:
+            compile_in_place(self.student, options.compile_mode)
+        if "losses" in options.compile:
+            for term in self._terms().values():
+                compile_in_place(term.loss, options.compile_mode)
         if stage == "fit":
             for term in self._terms().values():
                 term.on_fit_start(getattr(data, "train_target", None))
@@ -305,21 +379,6 @@ def weighted_terms(losses: Mapping[str, WeightedLoss | DistillationLoss | None])
         if not name or "." in name:
             raise ValueError(f"the names in losses must be non-empty and without dots, got {name!r}")
     return terms
-
-
-def logits_of(output: object, role: str) -> Tensor:
-    """Logits in what a network returned: the tensor itself, or its attribute ``logits``.
-
-    Raises:
-        TypeError: If it is neither.
-    """
-    logits = getattr(output, "logits", output)
-    if not isinstance(logits, Tensor):
-        raise TypeError(
-            f"the {role} must return logits or an object with .logits, but returned {type(output).__name__}; "
-            "wrap it in a module whose forward returns the logits alone"
-        )
-    return logits
 
 
 def as_batch(batch: Any) -> Batch:

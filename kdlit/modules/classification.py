@@ -5,11 +5,11 @@ from __future__ import annotations
 from typing import Any, cast
 
 import torch.nn.functional as F
-from torch import Tensor, nn
-from torchmetrics.classification import MulticlassAccuracy
+from torch import Tensor
 
 from kdlit.losses.functional import check_target, widened
 from kdlit.modules.base import DistillationModule, as_batch
+from kdlit.modules.networks import check_image
 from kdlit.types import Batch, ModelOutput
 
 
@@ -21,53 +21,45 @@ class ClassificationDistillation(DistillationModule):
     pictures for which both networks name the same class). With fewer than five classes ``top5`` counts them all.
     """
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self.metrics = nn.ModuleDict({"train_top1": self._accuracy()})
-        for stage in ("val", "test"):
-            self.metrics[f"{stage}_top1"] = self._accuracy()
-            self.metrics[f"{stage}_top5"] = self._accuracy(top_k=min(5, self.num_classes))
-            if self.teacher is not None:
-                self.metrics[f"{stage}_teacher_top1"] = self._accuracy()
-                self.metrics[f"{stage}_agreement"] = self._accuracy()
-
-    def _accuracy(self, top_k: int = 1) -> MulticlassAccuracy:
-        return MulticlassAccuracy(self.num_classes, top_k=top_k, average="micro", validate_args=False)
-
-    def _measure(self, stage: str, name: str, logits: Tensor, target: Tensor) -> None:
-        metric = cast("MulticlassAccuracy", self.metrics[f"{stage}_{name}"])
-        metric.update(logits, target)
-        self.log(f"{stage}/{name}", metric, on_step=False, on_epoch=True, prog_bar=name == "top1")
-
-    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
-        """Count the student's hits on the training pictures, after the losses had their turn."""
-        super().on_train_batch_end(outputs, batch, batch_idx)
-        if "target" in outputs["batch"]:
-            self._measure("train", "top1", outputs["student"].logits, outputs["batch"]["target"])
+    def watch(self, student: ModelOutput, batch: Batch) -> dict[str, Tensor]:
+        """The student's accuracy on the training pictures, if they have labels."""
+        return {"train/top1": accuracy(student.logits, batch["target"])} if "target" in batch else {}
 
     def validation_step(self, batch: Any, batch_idx: int) -> None:
         """Measure student and teacher on validation pictures."""
-        self._evaluate("val", as_batch(batch))
+        self._evaluate("val", batch)
 
     def test_step(self, batch: Any, batch_idx: int) -> None:
         """Measure student and teacher on test pictures."""
-        self._evaluate("test", as_batch(batch))
+        self._evaluate("test", batch)
 
-    def _evaluate(self, stage: str, batch: Batch) -> None:
+    def _evaluate(self, stage: str, batch: Any) -> None:
+        batch = as_batch(batch)
         if "target" not in batch:
             raise ValueError(f"to measure accuracy a batch must have target, but it has only {', '.join(batch)}")
-        self._check_image(batch["image"])
-        student = ModelOutput(widened(self(batch["image"])))
-        check_target(batch["target"], student.logits)
+        self.means[stage].add(self.measure(stage, batch, self.run_teacher(batch)), len(batch["image"]))
+
+    def measure(self, stage: str, batch: Batch, teacher: ModelOutput) -> dict[str, Tensor]:
+        """Say how good the networks are on one batch: means over its samples by name, scalars.
+
+        Args:
+            stage: ``val`` or ``test``, for the names.
+            batch: the pictures and their labels.
+            teacher: what :meth:`run_teacher` gave for them.
+        """
+        check_image(batch["image"], self._channels, self.dtype)
+        logits = widened(self(batch["image"]))
+        check_target(batch["target"], logits)
         target = batch["target"].long()
-        loss = F.cross_entropy(student.logits, target)
-        self.log(f"{stage}/cross_entropy", loss, on_epoch=True, sync_dist=True, batch_size=len(target))
-        self._measure(stage, "top1", student.logits, target)
-        self._measure(stage, "top5", student.logits, target)
-        if self.teacher is not None:
-            teacher = self.run_teacher(batch)
-            self._measure(stage, "teacher_top1", teacher.logits, target)
-            self._measure(stage, "agreement", student.logits, teacher.logits.argmax(dim=-1))
+        figures = {
+            "cross_entropy": F.cross_entropy(logits, target),
+            "top1": accuracy(logits, target),
+            "top5": accuracy(logits, target, k=min(5, self.num_classes)),
+        }
+        if cast("ModelOutput | None", teacher) is not None:
+            figures["teacher_top1"] = accuracy(teacher.logits, target)
+            figures["agreement"] = accuracy(logits, teacher.logits.argmax(dim=-1))
+        return {f"{stage}/{name}": value for name, value in figures.items()}
 
     def predict_step(self, batch: Any, batch_idx: int) -> dict[str, Tensor]:
         """Name the classes of pictures.
@@ -81,3 +73,15 @@ class ClassificationDistillation(DistillationModule):
         confidence, label = logits.softmax(dim=-1).max(dim=-1)
         prediction = {"label": label, "confidence": confidence, "logits": logits}
         return prediction | {name: batch[name] for name in ("target", "index") if name in batch}
+
+
+def accuracy(logits: Tensor, target: Tensor, k: int = 1) -> Tensor:
+    """Share of samples whose label is among the ``k`` largest logits, a scalar.
+
+    Args:
+        logits: shape ``(B, C)``.
+        target: labels, shape ``(B,)``.
+        k: how many.
+    """
+    named = logits.argmax(dim=-1, keepdim=True) if k == 1 else logits.topk(k, dim=-1).indices
+    return (named == target[:, None]).sum() / len(target)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from kdlit.losses import CrossEntropyLoss
 from kdlit.models.features import FeatureTap, feature_shapes
 from kdlit.modules.classification import ClassificationDistillation
+from kdlit.modules.performance import Performance, Preset
 
 
 def probe_optimizer(params: Any) -> torch.optim.Optimizer:
@@ -108,6 +109,7 @@ class LinearProbe(ClassificationDistillation):
         optimizer: OptimizerCallable = probe_optimizer,
         lr_scheduler: LRSchedulerCallable | None = None,
         input_size: Sequence[int] = (3, 32, 32),
+        performance: Performance | Preset = "exact",
     ) -> None:
         super().__init__(
             FrozenFeatures(backbone, layer, num_classes, input_size),
@@ -115,4 +117,5 @@ class LinearProbe(ClassificationDistillation):
             optimizer=optimizer,
             lr_scheduler=lr_scheduler,
             input_size=input_size,
+            performance=performance,
         )

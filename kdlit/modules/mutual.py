@@ -8,13 +8,13 @@ from typing import Any, cast
 
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
-from torch import nn
-from torchmetrics.classification import MulticlassAccuracy
+from torch import Tensor, nn
 
 from kdlit.losses import CrossEntropyLoss, DistillationLoss, DMLLoss, WeightedLoss
-from kdlit.losses.functional import widened
-from kdlit.modules.base import as_batch, default_optimizer, logits_of, run_loss, weighted_terms
-from kdlit.modules.classification import ClassificationDistillation
+from kdlit.modules.base import as_batch, default_optimizer, run_loss, weighted_terms
+from kdlit.modules.classification import ClassificationDistillation, accuracy
+from kdlit.modules.networks import check_image, logits_of, run_network
+from kdlit.modules.performance import Performance, Preset, compile_in_place
 from kdlit.types import Batch, ModelOutput
 
 
@@ -47,6 +47,7 @@ class MutualLearning(ClassificationDistillation):
         optimizer: makes the one optimizer from the parameters of all students and losses.
         lr_scheduler: makes the learning-rate schedule from the optimizer, stepped once an epoch.
         input_size: size of one picture, ``(C, H, W)``.
+        performance: how a step is computed, as in :class:`~kdlit.modules.DistillationModule`.
 
     Raises:
         ValueError: If there are fewer than two students, two share parameters or differ in their classes, a name is
@@ -61,6 +62,7 @@ class MutualLearning(ClassificationDistillation):
         optimizer: OptimizerCallable = default_optimizer,
         lr_scheduler: LRSchedulerCallable | None = None,
         input_size: Sequence[int] = (3, 32, 32),
+        performance: Performance | Preset = "exact",
     ) -> None:
         named = _named(students)
         wanted = weighted_terms({"ce": CrossEntropyLoss(), "dml": DMLLoss()} if losses is None else losses)
@@ -71,7 +73,14 @@ class MutualLearning(ClassificationDistillation):
                 f"other alone learn nothing of the labels; got {', '.join(wanted)}"
             )
         first, *others = named
-        super().__init__(named[first], own, optimizer=optimizer, lr_scheduler=lr_scheduler, input_size=input_size)
+        super().__init__(
+            named[first],
+            own,
+            optimizer=optimizer,
+            lr_scheduler=lr_scheduler,
+            input_size=input_size,
+            performance=performance,
+        )
         self.peers = nn.ModuleDict({name: named[name] for name in others})
         self.names = tuple(named)
 
@@ -98,10 +107,8 @@ class MutualLearning(ClassificationDistillation):
             for name, student in named.items()
         }
         self._student_tap = self._taps[first]
-
-        for stage in ("train", "val", "test"):
-            for name in others:
-                self.metrics[f"{stage}_{name}/top1"] = self._accuracy()
+        if self.performance.channels_last:
+            self.peers.to(memory_format=torch.channels_last)
 
     def _layers_of(self, name: str) -> set[str]:
         """What the losses want to see of a student, as the one that learns and as the one it learns from."""
@@ -114,55 +121,60 @@ class MutualLearning(ClassificationDistillation):
         """All students by name, the first one first."""
         return dict(zip(self.names, (self.student, *self.peers.values()), strict=True))
 
+    def setup(self, stage: str) -> None:
+        """Make everything ready to run."""
+        super().setup(stage)
+        if "student" in self.performance.compile:
+            for peer in self.peers.values():
+                compile_in_place(peer, self.performance.compile_mode)
+
     def training_step(self, batch: Any, batch_idx: int) -> dict[str, Any]:
         """Run every student once and add up all objectives."""
         batch = as_batch(batch)
-        outputs = {
-            name: self._run(f"student {name}", student, batch, self._taps[name])
-            for name, student in self.students.items()
-        }
+        check_image(batch["image"], self._channels, self.dtype)
+        device, strong = batch["image"].device, self._needs_strong_view()
+        with self.student_precision(device):
+            outputs = {
+                name: run_network(f"student {name}", student, self._taps[name], batch, strong)
+                for name, student in self.students.items()
+            }
         detached = {name: output.detach() for name, output in outputs.items()}
-        device = next(iter(outputs.values())).logits.device
         objectives = {name: torch.zeros((), device=device) for name in self.names}
-        logged = {}
+        figures = {}
         with torch.autocast(device.type, enabled=False):
             for path, term in self._terms().items():
                 name, peer = self._pairs[path]
                 value = run_loss(path, term, outputs[name], cast("ModelOutput", detached.get(peer)), batch)
                 objectives[name] = objectives[name] + term.factor * value / (len(self.peers) if peer else 1)
-                logged[f"train/loss/{path}"] = value.detach()
+                figures[f"train/loss/{path}"] = value.detach()
         objective = torch.stack(list(objectives.values())).sum()
-        self.log("loss", objective.detach(), prog_bar=True, logger=False)
-        logged |= {f"train/loss/{name}": value.detach() for name, value in objectives.items()}
-        logged["train/loss"] = objective.detach()
-        self.log_dict(logged, on_step=False, on_epoch=True, batch_size=len(batch["image"]))
+        figures |= {f"train/loss/{name}": value.detach() for name, value in objectives.items()}
+        figures["train/loss"] = objective.detach()
+        if "target" in batch:
+            figures |= {
+                f"train/{name}/top1": accuracy(output.logits, batch["target"]) for name, output in detached.items()
+            }
+            figures["train/top1"] = figures[f"train/{self.names[0]}/top1"]
+        self.means["train"].add(figures, len(batch["image"]))
+        self.show(objective, batch_idx)
         return {"loss": objective, "batch": batch, "students": detached}
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
-        """Let the losses update their memories, and count every student's hits on the training pictures."""
+        """Let the losses update their memories."""
         students: dict[str, ModelOutput] = outputs["students"]
         for path, term in self._terms().items():
             name, peer = self._pairs[path]
             term.on_train_batch_end(students[name], cast("ModelOutput", students.get(peer)), outputs["batch"])
-        if "target" in outputs["batch"]:
-            self._measure("train", "top1", students[self.names[0]].logits, outputs["batch"]["target"])
-            self._measure_others("train", students, outputs["batch"])
 
-    def _evaluate(self, stage: str, batch: Batch) -> None:
-        super()._evaluate(stage, batch)
-        outputs = {
-            name: ModelOutput(widened(logits_of(peer(batch["image"]), f"student {name}")))
-            for name, peer in self.peers.items()
-        }
-        self._measure_others(stage, outputs, batch)
-
-    def _measure_others(self, stage: str, outputs: Mapping[str, ModelOutput], batch: Batch) -> None:
-        """Log the first student's accuracy under its own name too, and measure all others."""
-        first, *others = self.names
-        metric = cast("MulticlassAccuracy", self.metrics[f"{stage}_top1"])
-        self.log(f"{stage}/{first}/top1", metric, on_step=False, on_epoch=True)
-        for name in others:
-            self._measure(stage, f"{name}/top1", outputs[name].logits, batch["target"])
+    def measure(self, stage: str, batch: Batch, teacher: ModelOutput) -> dict[str, Tensor]:
+        """Say how good every student is, and more about the first."""
+        figures = super().measure(stage, batch, teacher)
+        figures[f"{stage}/{self.names[0]}/top1"] = figures[f"{stage}/top1"]
+        with self.student_precision(batch["image"].device):
+            for name, peer in self.peers.items():
+                logits = logits_of(peer(batch["image"]), f"student {name}")
+                figures[f"{stage}/{name}/top1"] = accuracy(logits, batch["target"])
+        return figures
 
 
 def _named(students: Mapping[str, nn.Module] | Sequence[nn.Module]) -> dict[str, nn.Module]:
