@@ -14,16 +14,17 @@ from typing import Any, Literal, NoReturn
 import lightning as L
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint
+from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint, ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.utilities import rank_zero_only
 
 import kdlit.data  # noqa: F401  classes are known by their short names once imported
 from kdlit import config_errors
-from kdlit.callbacks import PredictionTable, RandomState, StudentExport, StudentSummary, print_result
+from kdlit.callbacks import PredictionTable, Progress, RandomState, StudentExport, StudentSummary, print_result
 from kdlit.files import WholeCheckpointIO, write_whole
 from kdlit.loggers import RunLogger
 from kdlit.modules import DistillationModule
+from kdlit.students import LearningRates, Student, Students, check_callbacks, own_figures, read_students
 
 # Warnings of the libraries beneath that tell a user of the command line nothing to act on.
 _NOISE = (
@@ -39,6 +40,8 @@ _NOISE = (
 class _Parser(LightningArgumentParser):
     """Says what is wrong with a config in one or two lines instead of the parser's nested report."""
 
+    student = ""  # whose config it reads, for the message
+
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.allow_abbrev = False  # a misspelled option is a mistake on the command line as it is in a file
@@ -46,25 +49,44 @@ class _Parser(LightningArgumentParser):
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         if not self.exit_on_error:  # an inner parser, whose complaint becomes part of the outer one's
             super().error(message, ex)
-        self.exit(2, f"kdlit: error: {config_errors.explain(message, self, sys.argv[1:])}\n")
+        said = self.args if self.student else sys.argv[1:]
+        self.exit(2, f"kdlit: error: {self.student}{config_errors.explain(message, self, said)}\n")
 
 
 class _ConfigInRunFolder(SaveConfigCallback):
-    """Writes the resolved config into the run folder once nothing is left to refuse; a resume keeps earlier ones."""
+    """Writes the resolved config into the run folder once nothing is left to refuse; a resume keeps earlier ones.
+
+    Args:
+        students: of a run that has several; each then has a config of its own, too.
+        *args: of the base.
+        **kwargs: likewise.
+    """
+
+    def __init__(self, *args: Any, students: Students | None = None, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.students = students
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Nothing yet: the data and the networks may still turn out not to fit."""
 
     @rank_zero_only
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        config = self.config.clone()
-        config.run_dir = config.ckpt_path = config.trainer.default_root_dir = config.checkpoint.dirpath = None
-        text = self.parser.dump(config, skip_none=False).encode()
-        path = Path(trainer.default_root_dir) / "config.yaml"
-        if path.exists() and path.read_bytes() != text:
-            earlier = len(list(path.parent.glob("config.*.yaml")))
-            path.rename(path.with_name(f"config.{earlier}.yaml"))
-        write_whole(path, lambda file: file.write(text))
+        if self.students is None:
+            config = self.config.clone()
+            config.run_dir = config.ckpt_path = config.trainer.default_root_dir = config.checkpoint.dirpath = None
+            texts = {"config.yaml": self.parser.dump(config, skip_none=False)}
+        else:
+            texts = self.students.config_files()
+        for name, text in texts.items():
+            path = Path(trainer.default_root_dir) / name
+            if path.exists() and path.read_text(encoding="utf-8") != text:
+                earlier = len(list(path.parent.glob("config.*.yaml")))
+                path.rename(path.with_name(f"config.{earlier}.yaml"))
+            _write_text(path, text)
+
+
+def _write_text(path: Path, text: str) -> None:
+    write_whole(path, lambda file: file.write(text.encode()))
 
 
 class _ForgetRepeatedSteps(L.Callback):
@@ -80,6 +102,7 @@ class KdlitCLI(LightningCLI):
     """``kdlit fit | validate | test | predict``: every run has a folder that holds all it leaves behind."""
 
     run_dir: str
+    students: Students | None = None
 
     def __init__(self, args: list[str] | None = None) -> None:
         super().__init__(
@@ -110,10 +133,26 @@ class KdlitCLI(LightningCLI):
             default=None,
             help="CPU threads of each process; 1 is fastest for networks as small as those of the quickstart.",
         )
+        parser.add_argument(
+            "--students",
+            type=dict[str, Student | None] | None,
+            default=None,
+            help="Several students by name, trained at once on the same batches with one pass of their teacher: each "
+            "is this command line with further config files, values (set) and a seed.",
+        )
         parser.add_lightning_class_args(ModelCheckpoint, "checkpoint")
         best = {"filename": "best", "monitor": "val/top1", "mode": "max", "auto_insert_metric_name": False}
         parser.set_defaults({f"checkpoint.{name}": value for name, value in best.items()})
         parser.set_defaults({"trainer.enable_model_summary": False})
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        """Read the config, or those of several students."""
+        self.students = read_students(parser, sys.argv[1:] if args is None else args)
+        if self.students is None:
+            super().parse_arguments(parser, args)
+            return
+        self.config = self.students.run_config
+        self.save_config_kwargs["students"] = self.students
 
     def _parse_ckpt_path(self) -> None:
         """Leave the config as given: LightningCLI would let the checkpoint's hyper-parameters override it."""
@@ -156,7 +195,10 @@ class KdlitCLI(LightningCLI):
 
     def _newest_last(self, folder: Path) -> str | None:
         """The newest ``last.ckpt`` at or below a folder; None, after saying so, where a fit has yet to begin."""
-        found = sorted(folder.glob("**/checkpoints/last.ckpt"), key=lambda path: path.stat().st_mtime)
+        runs = [path.parents[1] for path in folder.glob("**/checkpoints/last.ckpt")]
+        # Within the folder of a run lie those of its students.
+        runs = [run for run in runs if run == folder or not (run.parent / "config.yaml").exists()]
+        found = sorted((run / "checkpoints" / "last.ckpt" for run in runs), key=lambda path: path.stat().st_mtime)
         if found:
             rank_zero_only(print)(f"--ckpt_path=last: {found[-1]}")
             return str(found[-1])
@@ -164,6 +206,12 @@ class KdlitCLI(LightningCLI):
             raise FileNotFoundError(f"--ckpt_path=last: no run in {folder.absolute()} has a checkpoint yet")
         rank_zero_only(print)(f"--ckpt_path=last: no checkpoint in {folder} yet, starting afresh")
         return None
+
+    def instantiate_classes(self) -> None:
+        """Build networks, data and trainer."""
+        many = self.students.build(self) if self.students else None
+        super().instantiate_classes()
+        self.model = many or self.model
 
     def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
         """Add what every run has to what the config asks for."""
@@ -177,12 +225,22 @@ class KdlitCLI(LightningCLI):
             _ForgetRepeatedSteps(),
             StudentExport(f"{self.run_dir}/student.pt"),
             PredictionTable(f"{self.run_dir}/predictions.csv"),
-            # With save_last, ModelCheckpoint writes the last only when it is also the best.
-            ModelCheckpoint(dirpath=f"{self.run_dir}/checkpoints", filename="last", save_on_train_epoch_end=True),
         ]
+        given = trainer.callbacks if isinstance(trainer.callbacks, list) else [trainer.callbacks]
+        if trainer.enable_progress_bar is not False and not any(isinstance(one, ProgressBar) for one in given):
+            callbacks.append(Progress())
+        names = self.students.names if self.students else []
         if self.subcommand == "fit" and trainer.logger is not False and not trainer.fast_dev_run:
-            loggers.insert(0, RunLogger(self.run_dir))
-            callbacks.append(LearningRateMonitor("epoch"))
+            loggers[:0] = [RunLogger(self.run_dir, name) for name in ("", *names)]
+            callbacks.append(LearningRates() if names else LearningRateMonitor("epoch"))
+        if self.students:
+            check_callbacks(trainer.callbacks, names)
+            one, *others = self.students.checkpoints(self.run_dir, self.config[self.subcommand].checkpoint)
+            self.config_init[self.subcommand].checkpoint = one
+            callbacks += others
+        # With save_last, ModelCheckpoint writes the last only when it is also the best.
+        last = ModelCheckpoint(dirpath=f"{self.run_dir}/checkpoints", filename="last", save_on_train_epoch_end=True)
+        callbacks.append(last)  # after the others, whose state it keeps
         self.trainer_defaults = {"callbacks": callbacks}
         return super().instantiate_trainer(
             logger=loggers or False,
@@ -193,13 +251,16 @@ class KdlitCLI(LightningCLI):
     def fit(self, **kwargs: Any) -> None:
         """Train; a run that fails before its first checkpoint leaves no folder behind."""
         run = Path(self.run_dir)
-        made = [folder for folder in (run / "checkpoints", run, *run.parents) if not folder.exists()]
+        folders = [*(run / name for name in (self.students.names if self.students else [])), run]
+        made = [*(place for folder in folders for place in (folder / "checkpoints", folder)), *run.parents]
+        made = [folder for folder in made if not folder.exists()]
         try:
             self.trainer.fit(**kwargs)
         except BaseException:
             if run in made and self.trainer.is_global_zero and not list(run.glob("checkpoints/*")):
-                for name in ("config.yaml", "metrics.csv"):
-                    (run / name).unlink(missing_ok=True)
+                for folder in folders:
+                    for name in ("config.yaml", "metrics.csv"):
+                        (folder / name).unlink(missing_ok=True)
                 for folder in made:
                     with contextlib.suppress(OSError):  # it holds something else by now, or was never made
                         folder.rmdir()
@@ -208,7 +269,9 @@ class KdlitCLI(LightningCLI):
     def after_fit(self) -> None:
         """Measure the last epoch if its validation was skipped; show what was reached once the progress bar is gone."""
         every = self.trainer.check_val_every_n_epoch or 1
-        measured = "val/top1" in self.trainer.callback_metrics and self.trainer.current_epoch % every == 0
+        figures = [f"{name}/val/top1" for name in self.students.names] if self.students else ["val/top1"]
+        known = any(figure in self.trainer.callback_metrics for figure in figures)
+        measured = known and self.trainer.current_epoch % every == 0
         if not measured and self._has_validation_data():
             self.trainer.validate(self.model, self.datamodule, verbose=False)
         rank_zero_only(print_result)(self.trainer, self.run_dir)
@@ -234,10 +297,11 @@ class KdlitCLI(LightningCLI):
         figures = {name: float(value) for name, value in self.trainer.callback_metrics.items()}
         checkpoint = self.config[self.subcommand].ckpt_path
         epochs = torch.load(checkpoint, weights_only=True, mmap=True)["epoch"] + 1 if checkpoint else None
-        result = {"checkpoint": checkpoint, "epochs": epochs, **figures}
-        path = Path(self.run_dir) / f"{self.subcommand}.json"
-        write_whole(path, lambda file: file.write(f"{json.dumps(result, indent=2)}\n".encode()))
-        print(f"Figures: {path}")
+        names = self.students.names if self.students else []
+        for folder, own in [("", figures), *((name, own_figures(figures, name)) for name in names)]:
+            path = Path(self.run_dir) / folder / f"{self.subcommand}.json"
+            _write_text(path, f"{json.dumps({'checkpoint': checkpoint, 'epochs': epochs, **own}, indent=2)}\n")
+            print(f"Figures: {path}")
 
 
 def _check_checkpoint(path: Path) -> None:

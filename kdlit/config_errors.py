@@ -64,7 +64,8 @@ def explain(message: str, parser: ArgumentParser, arguments: list[str]) -> str:
         names = dir(importlib.import_module(found[1]))
         return f"{found[1]} has no {found[2]!r}" + _place(found[2], arguments) + _close(found[2], names)
     if found := re.search(r"[\w./~-]+\.ya?ml", f"{class_path} {leaf}"):
-        return f"there is no file {found[0]!r}, which is named" + _place(found[0], arguments)
+        place = _place(found[0], arguments) or _place(Path(found[0]).name, arguments)  # as written, or made absolute
+        return f"there is no file {found[0]!r}, which is named{place}"
     if leaf.endswith("arguments are required: loss"):
         return (
             f"{'.'.join(keys)}: a term has no loss; is its name misspelled? A new one is made by "

@@ -19,11 +19,14 @@ class RunLogger(Logger):
 
     Args:
         run_dir: folder of the run; made when the first row is written.
+        student: of several students, the one whose figures are kept, without its name in front, in a folder of that
+            name; by default all there is.
     """
 
-    def __init__(self, run_dir: str) -> None:
+    def __init__(self, run_dir: str, student: str = "") -> None:
         super().__init__()
-        self.path = Path(run_dir) / "metrics.csv"
+        self.path = Path(run_dir) / student / "metrics.csv"
+        self.prefix = f"{student}/" if student else ""
         self._columns = self._read_header()
 
     @property
@@ -52,7 +55,10 @@ class RunLogger(Logger):
     @rank_zero_only
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
         """Add a row; a metric not seen before becomes a new column."""
-        row = {"step": step, **metrics}
+        figures = {name.removeprefix(self.prefix): metrics[name] for name in metrics if name.startswith(self.prefix)}
+        if not figures:
+            return
+        row = {"step": step, **figures, **{name: metrics[name] for name in ("epoch",) if name in metrics}}
         if new := [column for column in row if column not in self._columns]:
             self._rewrite(self._read(), [*self._columns, *new])
         with self.path.open("a", newline="", encoding="utf-8") as file:

@@ -3,6 +3,16 @@
 from kdlit.callbacks.baseline import PlainBaseline
 from kdlit.callbacks.export import PredictionTable, StudentExport
 from kdlit.callbacks.random_state import RandomState
-from kdlit.callbacks.report import StudentSummary, print_result
+from kdlit.callbacks.report import Progress, StudentSummary, print_result
+from kdlit.callbacks.teacher_cache import TeacherCache
 
-__all__ = ["PlainBaseline", "PredictionTable", "RandomState", "StudentExport", "StudentSummary", "print_result"]
+__all__ = [
+    "PlainBaseline",
+    "PredictionTable",
+    "Progress",
+    "RandomState",
+    "StudentExport",
+    "StudentSummary",
+    "TeacherCache",
+    "print_result",
+]

@@ -15,7 +15,7 @@ from lightning.pytorch.callbacks import BasePredictionWriter
 from torch import nn
 
 from kdlit.files import write_whole
-from kdlit.modules import DistillationModule, MutualLearning
+from kdlit.modules import DistillationModule, ManyStudents, MutualLearning
 
 
 class StudentExport(L.Callback):
@@ -25,7 +25,8 @@ class StudentExport(L.Callback):
     ``num_parameters``, ``epoch``, ``metrics`` (the last value of everything logged) and, of a network that has one,
     ``note`` (how to build it). It needs neither kdlit nor the
     teacher: ``net.load_state_dict(torch.load("student.pt")["model"])``. Of students that taught each other, the first
-    is written to ``student.pt`` and any other to ``student_NAME.pt``.
+    is written to ``student.pt`` and any other to ``student_NAME.pt``; of many that one teacher taught, each to a folder
+    of its name beside it.
 
     Args:
         path: file to write.
@@ -36,17 +37,26 @@ class StudentExport(L.Callback):
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Write the file, on the first process alone."""
-        if not trainer.is_global_zero or not isinstance(pl_module, DistillationModule):
+        if not trainer.is_global_zero:
             return
-        peers = pl_module.peers if isinstance(pl_module, MutualLearning) else nn.ModuleDict()
-        networks = {self.path.with_stem(f"{self.path.stem}_{name}"): peer for name, peer in peers.items()}
-        for path, network in (networks | {self.path: pl_module.student}).items():
+        figures = {name: float(value) for name, value in trainer.callback_metrics.items()}
+        if isinstance(pl_module, ManyStudents):
+            for name in pl_module.going:
+                own = {key.removeprefix(f"{name}/"): figures[key] for key in figures if key.startswith(f"{name}/")}
+                self._write(self.path.parent / name / self.path.name, trainer, pl_module.students[name], own)
+        elif isinstance(pl_module, DistillationModule):
+            self._write(self.path, trainer, pl_module, figures)
+
+    def _write(self, file: Path, trainer: L.Trainer, module: DistillationModule, figures: dict[str, float]) -> None:
+        peers = module.peers if isinstance(module, MutualLearning) else nn.ModuleDict()
+        networks = {file.with_stem(f"{file.stem}_{name}"): peer for name, peer in peers.items()}
+        for path, network in (networks | {file: module.student}).items():
             content = {
                 "model": {name: value.detach().cpu().clone() for name, value in network.state_dict().items()},
-                "num_classes": pl_module.num_classes,
+                "num_classes": module.num_classes,
                 "num_parameters": sum(parameter.numel() for parameter in network.parameters()),
                 "epoch": trainer.current_epoch,
-                "metrics": {name: float(value) for name, value in trainer.callback_metrics.items()},
+                "metrics": figures,
             }
             if isinstance(note := getattr(network, "note", None), str):
                 content["note"] = note
@@ -57,6 +67,7 @@ class PredictionTable(BasePredictionWriter):
     """Writes what ``kdlit predict`` found as a table: one row a picture, in the order of the data.
 
     Columns: ``index``, ``label`` and ``class`` (predicted), ``confidence``, and ``target`` if the pictures have labels.
+    Of several students, each has its table in a folder of its name.
 
     Args:
         path: CSV file to write.
@@ -74,6 +85,14 @@ class PredictionTable(BasePredictionWriter):
         batch_indices: Sequence[Any],
     ) -> None:
         """Write the table; with several processes each writes its own, the number of the process in its name."""
+        if not isinstance(pl_module, ManyStudents):
+            self._write(self.path, trainer, predictions, batch_indices)
+            return
+        for name in pl_module.names:
+            own = [batch["students"][name] for batch in predictions]
+            self._write(self.path.parent / name / self.path.name, trainer, own, batch_indices)
+
+    def _write(self, path: Path, trainer: L.Trainer, predictions: Sequence[Any], batch_indices: Sequence[Any]) -> None:
         names = getattr(getattr(trainer, "datamodule", None), "class_names", None)
         text = io.StringIO(newline="")
         table = csv.writer(text)
@@ -88,6 +107,6 @@ class PredictionTable(BasePredictionWriter):
         rows = (row for batch in predictions for row in zip(*(batch[key].tolist() for key in columns), strict=True))
         for index, (label, confidence, *target) in zip(indices, rows, strict=True):
             table.writerow([index, label, names[label] if names else "", f"{confidence:.6f}", *target])
-        path = self.path if trainer.world_size == 1 else self.path.with_suffix(f".{trainer.global_rank}.csv")
+        path = path if trainer.world_size == 1 else path.with_suffix(f".{trainer.global_rank}.csv")
         write_whole(path, lambda file: file.write(text.getvalue().encode()))
         print(f"{len(indices)} predictions: {path}")

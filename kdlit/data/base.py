@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import copy
+import re
 from abc import abstractmethod
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any
 
@@ -19,6 +20,7 @@ from torchvision.transforms import v2
 from kdlit.data.inputs import Interpolation, NetworkInput, Views
 from kdlit.data.sampling import EpochDataset, EpochLoader, EpochSampler, ResumableLoader, Samples, generator
 from kdlit.data.transforms import crop_and_flip, cutout, one_by_one
+from kdlit.fingerprint import of_tensors
 from kdlit.types import Batch
 
 
@@ -38,7 +40,7 @@ class SplitDataModule(L.LightningDataModule):
     number of each class, so that hyper-parameters and checkpoints are never chosen on the test pictures. A subclass may
     also give ``collate``, a function that has the last word on every batch.
 
-    The order of the training pictures and their augmentation follow from the seed of the run, the epoch and the
+    The order of the training pictures and their augmentation follow from ``seed``, the epoch and the
     picture alone: neither from ``num_workers`` nor from what networks and losses draw.
 
     Args:
@@ -54,6 +56,7 @@ class SplitDataModule(L.LightningDataModule):
         label_noise: share of the training labels replaced by another class, each of them equally likely (symmetric
             noise); labels for validation and test stay true.
         noise_seed: draws the label noise; teacher and student of one study need the same.
+        seed: draws order and augmentation of the training pictures; by default the seed of the run.
         strong_view: whether training batches also hold ``image_strong``, for losses that compare two views.
         transforms: what happens to each training picture, uint8 ``(3, H, W)``, in place of the standard recipe.
         teacher_input: how the teacher wants its pictures, if not as the student does; batches then also hold
@@ -80,13 +83,14 @@ class SplitDataModule(L.LightningDataModule):
         subset_by: Callable[[DataLoader[Batch]], Any] | None = None,
         label_noise: float = 0.0,
         noise_seed: int = 0,
+        seed: int | None = None,
         strong_view: bool = False,
         transforms: list[nn.Module] | None = None,
         teacher_input: NetworkInput | None = None,
     ) -> None:
         super().__init__()
         check_at_least(1, batch_size=batch_size, eval_batch_size=eval_batch_size)
-        check_at_least(0, val_size=val_size, num_workers=num_workers)
+        check_at_least(0, val_size=val_size, num_workers=num_workers, seed=seed or 0)
         if not 0 < subset <= 1:
             raise ValueError(f"subset must lie in (0, 1], got {subset!r}")
         if subset_by is not None and subset == 1:
@@ -103,6 +107,7 @@ class SplitDataModule(L.LightningDataModule):
         self.subset_by = subset_by
         self.label_noise = label_noise
         self.noise_seed = noise_seed
+        self.seed = seed
         self.strong_view = strong_view
         self.transforms = None if transforms is None else v2.Compose(transforms)
         self.datasets: dict[str, EpochDataset] = {}
@@ -159,12 +164,56 @@ class SplitDataModule(L.LightningDataModule):
         self._take_subset()
         return self.datasets["train"].labels
 
+    # What the teacher sees
+
+    @property
+    def mixes_batches(self) -> bool:
+        """Whether ``collate`` changes what the data set gives."""
+        return self.collate is not _as_it_is
+
+    def teacher_view(self, augmented: bool) -> dict[str, Any]:
+        """Every setting that changes the training pictures as the teacher sees them, plain values by name.
+
+        Args:
+            augmented: whether they are augmented.
+        """
+        shown = asdict(self.views.teacher or self.views.student)
+        settings = {f"input {name}": value for name, value in shown.items()}
+        return settings | self._recipe() if augmented else settings
+
+    def _recipe(self) -> dict[str, Any]:
+        """Every setting of the augmentation."""
+        return {"transforms": without_addresses(self.transforms), "strong_view": self.strong_view}
+
+    def in_order(self, dataset: EpochDataset, keys: Iterable[Sequence[int]]) -> DataLoader[Batch]:
+        """Loader of samples in a given order, made where and as those of training are; ``collate`` has no word.
+
+        Args:
+            dataset: the samples.
+            keys: those of each batch, ``epoch * len(dataset) + index``.
+        """
+        self._place(dataset)
+        return EpochLoader(
+            dataset,
+            batch_sampler=keys,  # type: ignore[arg-type]
+            num_workers=self.num_workers,
+            pin_memory=torch.cuda.is_available() and dataset.device.type == "cpu",
+            collate_fn=partial(_whole, _as_it_is),
+            generator=torch.Generator(),
+        )
+
     # Loaders
+
+    def _place(self, dataset: EpochDataset) -> None:
+        """Make batches on the device that trains, unless worker processes make them."""
+        if self.trainer is not None and not self.num_workers:
+            dataset.to(self.trainer.strategy.root_device)
 
     def _loader(self, split: str) -> DataLoader[Batch]:
         if split not in self.datasets:
             raise RuntimeError(f"{type(self).__name__} has no {split} pictures yet; call setup('fit') first")
         dataset = self.datasets[split]
+        self._place(dataset)
         settings: dict[str, Any] = {"batch_size": self.eval_batch_size}
         if split == "train":
             dataset.seed = self._order_seed()
@@ -204,9 +253,9 @@ class SplitDataModule(L.LightningDataModule):
         return sampler
 
     def _order_seed(self) -> int:
-        """The seed of the run: the same in all its processes, and after a resume."""
+        """The seed given, or that of the run: the same in all its processes, and after a resume."""
         if self._seed is None or self._seed[1] is not self.trainer:
-            seed = torch.initial_seed() % 2**32
+            seed = (torch.initial_seed() if self.seed is None else self.seed) % 2**32
             self._seed = (seed if self.trainer is None else self.trainer.strategy.broadcast(seed), self.trainer)
         return self._seed[0]
 
@@ -216,7 +265,16 @@ class SplitDataModule(L.LightningDataModule):
         return {"seed": self._order_seed(), "batch_size": self.batch_size, "processes": processes}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on with the order of the run that is resumed."""
+        """Go on with the order of the run that is resumed.
+
+        Raises:
+            ValueError: If another one is asked for.
+        """
+        going_on = self.trainer is not None and self.trainer.training
+        if going_on and self.seed is not None and self.seed % 2**32 != state_dict["seed"]:
+            raise ValueError(
+                f"data.seed is {self.seed}, but the run that is resumed draws by {state_dict['seed']}; set it to that"
+            )
         self._seed = (state_dict["seed"], self.trainer)
         self._restored = (state_dict["batch_size"], state_dict["processes"])
 
@@ -251,6 +309,11 @@ def check_at_least(least: float, **values: float) -> None:
     for name, value in values.items():
         if not value >= least:
             raise ValueError(f"{name} must be >= {least}, got {value!r}")
+
+
+def without_addresses(transform: object) -> str:
+    """How a transform describes itself, the same in every process."""
+    return re.sub(r" at 0x[0-9a-f]+", "", repr(transform))
 
 
 @dataclass
@@ -289,7 +352,12 @@ class PictureDataset(EpochDataset):
     def to(self, device: torch.device) -> None:
         """Move the pictures, so that batches are made there."""
         self.device = device
+        self._draws = (None, torch.empty(0))
         self.pictures = Pictures(self.pictures.image.to(device), self.pictures.target.to(device))
+
+    def fingerprint(self) -> str:
+        """Of all pixels."""
+        return of_tensors({"image": self.pictures.image})
 
     @property
     def labels(self) -> Tensor:
@@ -408,11 +476,10 @@ class PictureDataModule(SplitDataModule):
         row, column = (draws[:, 4] * height).long(), (draws[:, 5] * width).long()
         return cutout(image, min(height, width) // 2, row, column)
 
-    def _loader(self, split: str) -> DataLoader[Batch]:
-        dataset = self.datasets.get(split)
-        if self.trainer is not None and not self.num_workers and isinstance(dataset, PictureDataset):
-            dataset.to(self.trainer.strategy.root_device)
-        return super()._loader(split)
+    def _recipe(self) -> dict[str, Any]:
+        own = {} if self.transforms is not None else {"padding": self.padding, "flip": self.flip}
+        strong = {"rand_augment": without_addresses(self._rand_augment)} if self.strong_view else {}
+        return super()._recipe() | own | {"auto_augment": without_addresses(self._policy)} | strong
 
 
 def hold_out(target: Tensor, size: float, seed: int) -> Tensor:

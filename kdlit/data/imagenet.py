@@ -13,11 +13,12 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 from torchvision.transforms import InterpolationMode, v2
 
-from kdlit.data.base import SplitDataModule, check_at_least
+from kdlit.data.base import SplitDataModule, check_at_least, without_addresses
 from kdlit.data.inputs import Interpolation, NetworkInput, Views
 from kdlit.data.photographs import BrokenPhotograph, Photographs, list_photographs, read_photograph
 from kdlit.data.sampling import EpochDataset
 from kdlit.data.transforms import one_by_one
+from kdlit.fingerprint import of_files
 
 Transform = Callable[[Tensor], Tensor]
 
@@ -106,6 +107,10 @@ class ImageNet(SplitDataModule):
             "test": PhotographDataset(test, torch.arange(len(test)), test.target, self, augmented=False),
         }
 
+    def _recipe(self) -> dict[str, Any]:
+        strong = {"strong": without_addresses(self.augment_strongly)} if self.strong_view else {}
+        return {"transforms": without_addresses(self.augment), "strong_view": self.strong_view} | strong
+
     def teardown(self, stage: str) -> None:
         """Say how many files had to be skipped."""
         for split, dataset in self.datasets.items():
@@ -143,6 +148,13 @@ class PhotographDataset(EpochDataset):
         self.target = target
         self.data = data
         self.broken = torch.zeros(len(positions), dtype=torch.bool).share_memory_()  # type: ignore[no-untyped-call]
+
+    def fingerprint(self) -> str:
+        """Of the files: their names, sizes and times of change."""
+        names = self.photographs.names.numpy().tobytes()
+        ends = [0, *self.photographs.ends.tolist()]
+        chosen = (names[ends[one] : ends[one + 1]] for one in self.positions.tolist())
+        return of_files(self.photographs.folder, chosen)
 
     @property
     def labels(self) -> Tensor:

@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from torch.utils.data.distributed import DistributedSampler
 
+from kdlit.data.teacher_logits import TeacherLogits
 from kdlit.types import Batch
 
 
@@ -98,6 +99,7 @@ class EpochDataset(Dataset[Batch]):
     Attributes:
         seed: draws the random numbers, together with the epoch.
         device: where batches are made.
+        teacher_logits: what the teacher says, added to every batch; its augmented views are then drawn, not new ones.
     """
 
     def __init__(self, size: int, columns: int, augmented: bool) -> None:
@@ -106,7 +108,8 @@ class EpochDataset(Dataset[Batch]):
         self.augmented = augmented
         self.seed = 0
         self.device = torch.device("cpu")
-        self._draws: tuple[int, Tensor] = (-1, torch.empty(0))
+        self.teacher_logits: TeacherLogits | None = None
+        self._draws: tuple[tuple[int, int] | None, Tensor] = (None, torch.empty(0))
 
     def __len__(self) -> int:
         return self.size
@@ -129,7 +132,21 @@ class EpochDataset(Dataset[Batch]):
         index = torch.as_tensor(keys, device=self.device) - epoch * self.size
         if epoch and not self.augmented:
             raise IndexError(f"sample {int(keys[0])} of {self.size}")
-        return Samples(cast("Batch", self.read(index, self._draw(epoch, index))))
+        batch = {"index": index} | self.read(index, self._draw(epoch, index))
+        if self.teacher_logits is not None:
+            batch |= self.teacher_logits.read(epoch, batch["index"])
+        return Samples(cast("Batch", batch))
+
+    def to(self, device: torch.device) -> None:
+        """Move the samples to where batches are made, if they lie in memory; here, they do not."""
+
+    def fingerprint(self) -> str:
+        """Changes whenever the samples or their order do, labels aside.
+
+        Raises:
+            NotImplementedError: If the data set does not tell.
+        """
+        raise NotImplementedError(f"{type(self).__name__} has no fingerprint")
 
     @abstractmethod
     def read(self, index: Tensor, draws: Tensor) -> dict[str, Tensor]:
@@ -138,6 +155,9 @@ class EpochDataset(Dataset[Batch]):
         Args:
             index: positions, int64, shape ``(B,)``.
             draws: random numbers in [0, 1) of these samples in this epoch, float64, shape ``(B, columns)``.
+
+        Returns:
+            What :class:`~kdlit.types.Batch` names; with fewer samples than asked for, ``index`` says which.
         """
 
     @property
@@ -153,14 +173,17 @@ class EpochDataset(Dataset[Batch]):
         """The random numbers of some samples; those of all samples are drawn when an epoch starts."""
         if not self.augmented:
             return torch.empty(len(index), 0)
-        if self._draws[0] != epoch:
+        source = (self.seed, epoch)
+        if self.teacher_logits is not None:
+            source = self.teacher_logits.drawn_from(*source)
+        if self._draws[0] != source:
             # The order comes from (seed, epoch) too, so that this must be another stream.
-            table = torch.rand(self.size, self.columns, generator=generator(self.seed, epoch, 1), dtype=torch.float64)
-            self._draws = (epoch, table.to(self.device))
+            table = torch.rand(self.size, self.columns, generator=generator(*source, 1), dtype=torch.float64)
+            self._draws = (source, table.to(self.device))
         return self._draws[1][index]
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_draws": (-1, torch.empty(0))}
+        return self.__dict__ | {"_draws": (None, torch.empty(0))}
 
 
 class EpochLoader(DataLoader[Batch]):

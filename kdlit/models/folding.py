@@ -117,6 +117,7 @@ class _Watch(TorchFunctionMode):
         super().__init__()
         self.given: dict[int, tuple[nn.Module, Tensor]] = {}  # with the tensor, so that no other one gets its id
         self.taken: dict[nn.Module, int] = {}
+        self.kept: list[Any] = []  # likewise
         self.calls: Counter[nn.Module] = Counter()
         self.uses: Counter[int] = Counter()
         self.within_norm = False
@@ -140,6 +141,7 @@ class _Watch(TorchFunctionMode):
         self.calls[norm] += 1
         self.within_norm = True
         self.taken[norm] = id(args[0]) if args else 0
+        self.kept.append(args)
 
     def leaves(self, norm: nn.Module, args: Any, output: Any) -> None:
         self.within_norm = False

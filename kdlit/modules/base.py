@@ -18,7 +18,7 @@ from kdlit.losses.functional import widened
 from kdlit.models.features import FeatureTap, dry_run
 from kdlit.modules.means import RunningMeans
 from kdlit.modules.networks import check_image, logits_of, run_network
-from kdlit.modules.performance import Performance, Preset, chosen, compile_in_place, fused, keep_freed_memory
+from kdlit.modules.performance import Performance, Preset, chosen, compile_in_place, fused
 from kdlit.modules.teacher import FrozenTeacher
 from kdlit.types import Batch, ModelOutput
 
@@ -211,7 +211,8 @@ class DistillationModule(L.LightningModule):
         """Put the objective on the progress bar, once in ``log_every_n_steps`` of the trainer."""
         every = getattr(self._trainer, "log_every_n_steps", 0)
         if every and batch_idx % every == 0:
-            self.log("loss", objective.detach(), prog_bar=True, logger=False)
+            # The bar reads it after every step, which must not wait for an accelerator.
+            self.log("loss", objective.detach().cpu(), prog_bar=True, logger=False)
 
     def watch(self, student: ModelOutput, batch: Batch) -> dict[str, Tensor]:
         """What else to log about a training batch: means over its samples by name, scalars. Here, nothing.
@@ -288,8 +289,11 @@ class DistillationModule(L.LightningModule):
 
     def fast_optimizer(self, optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
         """Return the optimizer in the form that ``performance`` asks for."""
-        # Under 16-mixed the trainer must scale and clip the gradients in passes of its own.
-        in_passes = self._trainer is not None and self.trainer.precision == "16-mixed"
+        trainer = self._trainer
+        # The trainer then scales or clips gradients in passes of its own, and refuses optimizers that might as well.
+        in_passes = trainer is not None and (
+            trainer.precision == "16-mixed" or ("mixed" in trainer.precision and trainer.gradient_clip_val is not None)
+        )
         return fused(optimizer) if self.performance.fused_optimizer and not in_passes else optimizer
 
     # Teacher hygiene
@@ -347,11 +351,7 @@ class DistillationModule(L.LightningModule):
         if self._frozen_teacher is not None:
             self._frozen_teacher.prepare()
         options = self.performance
-        if options.keep_memory and self.trainer.strategy.root_device.type == "cpu":
-            keep_freed_memory()
-        if options.tf32 is not None:
-            torch.backends.cudnn.allow_tf32 = options.tf32
-            torch.set_float32_matmul_precision("high" if options.tf32 else "highest")
+        options.prepare(self.trainer.strategy.root_device)
         if "student" in options.compile:
             compile_in_place(self.student, options.compile_mode)
         if "losses" in options.compile:
