@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from lightning.pytorch.strategies import FSDPStrategy
 from PIL import Image
 
 from kdlit.cli import KdlitCLI
@@ -231,3 +232,18 @@ def test_one_line_adds_the_dashboard(kdlit_cli):
     assert config["trainer"]["logger"]["class_path"] == "lightning.pytorch.loggers.WandbLogger"
     assert config["trainer"]["logger"]["init_args"]["offline"] is True
     assert config["trainer"]["max_epochs"] == 200
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp", "deepspeed"])
+def test_strategies_are_added_to_any_run(kdlit_cli, strategy):
+    pair, method = files_of(PAIRS[0])
+    alone = resolved(kdlit_cli, "--config", pair, "--config", method)
+    config = resolved(
+        kdlit_cli, "--config", pair, "--config", method, "--config", CONFIGS / f"strategies/{strategy}.yaml"
+    )
+    changed = {key for key, value in config["trainer"].items() if value != alone["trainer"][key]}
+    assert changed == {"accelerator", "devices", "precision", "strategy"}
+    assert {key for key in config if config[key] != alone[key]} == {"trainer"}
+    if strategy == "fsdp":
+        spec = config["trainer"]["strategy"]
+        assert isinstance(FSDPStrategy(**spec["init_args"], **spec.get("dict_kwargs", {})), FSDPStrategy)
