@@ -1,0 +1,1 @@
+"""What training costs: ``python -m kdlit.benchmark --help`` lists the measurements, each of which explains itself."""

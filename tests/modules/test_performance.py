@@ -1,0 +1,336 @@
+"""Options that make a step faster change nothing else."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from kdlit import models
+from kdlit.benchmark.training import METHODS
+from kdlit.losses import CrossEntropyLoss, DistillationLoss, DKDLoss, FitNetLoss, KDLoss, WeightedLoss, crd, functional
+from kdlit.modules import ClassificationDistillation
+from kdlit.modules.performance import Performance, fused
+from tests.conftest import Diary, TinyData, TinyNet
+
+
+def module(performance="exact", losses=None, student=None, teacher=None, **kwargs):
+    torch.manual_seed(3)
+    return ClassificationDistillation(
+        student or TinyNet(),
+        losses or {"ce": CrossEntropyLoss(), "dkd": DKDLoss()},
+        teacher or TinyNet(width=16),
+        input_size=(3, 8, 8),
+        performance=performance,
+        **kwargs,
+    )
+
+
+def batch(size=8, side=8, classes=5):
+    generator = torch.Generator().manual_seed(5)
+    image = torch.randn(size, 3, side, side, generator=generator)
+    target = torch.randint(0, classes, (size,), generator=generator)
+    return {"image": image, "target": target, "index": torch.arange(size), "image_strong": image.flip(-1)}
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_gives_the_same_loss_and_gradient_as_without_any_option(method):
+    values, gradients = [], []
+    for performance in ("plain", "exact"):
+        torch.manual_seed(1)
+        distiller = ClassificationDistillation(
+            models.resnet8x4(num_classes=10),
+            METHODS[method](),
+            models.resnet14(num_classes=10),
+            performance=performance,
+        ).train()
+        data = batch(side=32, classes=10)
+        for term in distiller.losses.values():
+            term.on_fit_start(torch.arange(100) % 10)
+        torch.manual_seed(2)
+        loss = distiller.distil(data, distiller.run_teacher(data))["loss"]
+        loss.backward()
+        values.append(loss.item())
+        gradients.append(torch.cat([p.grad.flatten() for p in distiller.student.parameters() if p.grad is not None]))
+    assert values[1] == pytest.approx(values[0], rel=1e-5 if method != "PKT" else 2e-3)  # PKT: near 0
+    assert (gradients[1] - gradients[0]).norm() < 5e-3 * gradients[0].norm()
+
+
+def test_exact_trains_as_plain_does(trainer):
+    losses = {}
+    for performance in ("plain", "exact"):
+        fitted = trainer(max_epochs=3)
+        fitted.fit(module(performance), TinyData())
+        losses[performance] = fitted.callback_metrics
+    for name, value in losses["plain"].items():
+        assert losses["exact"][name].item() == pytest.approx(value.item(), rel=1e-4), name
+
+
+class Spy(DistillationLoss):
+    """Notes what it gets."""
+
+    def __init__(self):
+        super().__init__()
+        self.student_layers, self.teacher_layers, self.seen = ("stem",), ("stem",), []
+
+    def forward(self, student, teacher, batch):
+        self.seen.append((student.logits, teacher.logits, student.features["stem"], teacher.features["stem"]))
+        return student.logits.square().mean()
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_half_precision_is_within_the_networks_alone(dtype):
+    spy = Spy()
+    options = Performance(teacher_dtype=dtype, student_dtype="bfloat16")
+    distiller = module(options, {"spy": spy}).train()
+    inside = {}
+    distiller.student.fc.register_forward_hook(lambda layer, args, output: inside.update(student=output.dtype))
+    distiller.teacher.fc.register_forward_hook(lambda layer, args, output: inside.update(teacher=output.dtype))
+    data = batch()
+    loss = distiller.distil(data, distiller.run_teacher(data))["loss"]
+    loss.backward()
+    assert inside == {"student": torch.bfloat16, "teacher": getattr(torch, dtype)}
+    assert {value.dtype for value in (*spy.seen[0], loss)} == {torch.float32}
+    assert {p.dtype for p in distiller.parameters()} == {torch.float32}
+    assert {p.grad.dtype for p in distiller.student.parameters()} == {torch.float32}
+    assert torch.equal(distiller(data["image"]), distiller(data["image"]))
+    distiller.eval()
+    assert distiller(data["image"]).dtype == torch.bfloat16  # measured as it is trained
+
+
+def test_fast_is_near_exact_and_its_files_are_the_same(trainer, tmp_path):
+    files = {}
+    for performance in ("exact", "fast"):
+        fitted = trainer(max_epochs=2)
+        distiller = module(performance)
+        fitted.fit(distiller, TinyData())
+        fitted.save_checkpoint(tmp_path / f"{performance}.ckpt")
+        files[performance] = torch.load(tmp_path / f"{performance}.ckpt", weights_only=True)["state_dict"]
+    assert files["exact"].keys() == files["fast"].keys()
+    assert not any("teacher" in name or "_orig_mod" in name for name in files["fast"])
+    assert {value.dtype for value in files["fast"].values()} <= {torch.float32, torch.int64}
+    for name, value in files["exact"].items():
+        assert torch.allclose(value.float(), files["fast"][name].float(), atol=0.05), name
+    resumed = trainer(max_epochs=3)
+    resumed.fit(module("plain"), TinyData(), ckpt_path=tmp_path / "fast.ckpt")
+    assert resumed.current_epoch == 3
+
+
+# The teacher
+
+
+def test_the_teachers_own_weights_are_there_but_for_the_pass():
+    distiller = module("fast")
+    before = {name: value.clone() for name, value in distiller.teacher.state_dict().items()}
+    layers = list(distiller.teacher.children())
+    distiller.run_teacher(batch())
+    assert list(distiller.teacher.children()) == layers
+    assert distiller.teacher.state_dict().keys() == before.keys()
+    assert all(torch.equal(value, before[name]) for name, value in distiller.teacher.state_dict().items())
+    broken = batch()
+    broken["image"] = broken["image"][:, :, :2, :2]  # smaller than the kernel
+    with pytest.raises(RuntimeError):
+        distiller.run_teacher(broken)
+    assert list(distiller.teacher.children()) == layers
+    assert all(torch.equal(value, before[name]) for name, value in distiller.teacher.state_dict().items())
+
+
+def test_a_teacher_whose_weights_change_is_followed():
+    distiller = module()
+    first = distiller.run_teacher(batch()).logits
+    other = TinyNet(width=16)
+    distiller.teacher.load_state_dict(other.state_dict())
+    with torch.no_grad():
+        expected = other.eval()(batch()["image"])
+    second = distiller.run_teacher(batch()).logits
+    assert not torch.allclose(first, second, atol=1e-3)
+    assert torch.allclose(second, expected, atol=1e-6)
+
+
+def test_features_before_and_after_a_batch_norm_are_those_of_the_teacher():
+    for layer in ("stem", "bn", "bn.input", "act", "fc.input"):
+        losses = {"fitnet": FitNetLoss(student_layers="act", teacher_layers="act"), "spy": Spy()}
+        losses["spy"].teacher_layers = (layer,)
+        seen = []
+        for performance in ("plain", "exact"):
+            distiller = module(performance, dict(losses))
+            distiller.teacher.bn.running_mean.fill_(0.3)
+            distiller.teacher.bn.running_var.fill_(4.0)
+            seen.append(distiller.run_teacher(batch()).features[layer])
+        assert torch.allclose(*seen, atol=1e-6), layer
+
+
+class Stubborn(TinyNet):
+    def __deepcopy__(self, memo):
+        raise TypeError("one of me is enough")
+
+
+def test_a_teacher_that_cannot_be_copied_is_said_so_before_the_first_step(trainer):
+    with pytest.raises(ValueError, match=r"teacher \(Stubborn\) cannot be copied: one of me.*set performance to plain"):
+        trainer().fit(module(teacher=Stubborn()), TinyData())
+    trainer().fit(module("plain", teacher=Stubborn()), TinyData())
+
+
+def test_logits_known_beforehand_take_the_teachers_place():
+    distiller = module(losses={"kd": KDLoss()}).train()
+    distiller.teacher.register_forward_hook(lambda *_: pytest.fail("the teacher ran"))
+    known = torch.randn(8, 5).half()
+    output = distiller.run_teacher({**batch(), "teacher_logits": known})
+    assert torch.equal(output.logits, known.float())
+    two_views = module(losses={"mlkd": METHODS["MLKD"]()["mlkd"]}).train()
+    with pytest.raises(ValueError, match="strong view.*teacher_logits_strong"):
+        two_views.run_teacher({**batch(), "teacher_logits": known})
+    with pytest.raises(ValueError, match="need its features stem"):
+        module(losses={"spy": Spy()}).run_teacher({**batch(), "teacher_logits": known})
+
+
+# The optimizer
+
+
+@pytest.mark.parametrize("make", [torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW, torch.optim.Adagrad])
+def test_a_fused_optimizer_does_the_same_steps(make):
+    nets = [TinyNet() for _ in range(2)]
+    nets[1].load_state_dict(nets[0].state_dict())
+    groups = [
+        [{"params": [net.fc.weight], "lr": 0.01}, {"params": [net.fc.bias, net.stem.weight], "weight_decay": 0.1}]
+        for net in nets
+    ]
+    plain, quick = make(groups[0], lr=0.1), fused(make(groups[1], lr=0.1))
+    assert type(quick) is make
+    assert all(group["fused"] for group in quick.param_groups)
+    assert quick.defaults == {**plain.defaults, "fused": True}
+    for _ in range(5):
+        for net, optimizer in zip(nets, (plain, quick), strict=True):
+            optimizer.zero_grad()
+            net(batch()["image"]).square().sum().backward()
+            optimizer.step()
+    for one, other in zip(nets[0].parameters(), nets[1].parameters(), strict=True):
+        assert torch.allclose(one, other, atol=1e-5)
+
+
+def test_optimizers_that_have_been_decided_on_stay():
+    class Mine(torch.optim.SGD):
+        pass
+
+    weight = [nn.Parameter(torch.ones(2))]
+    for optimizer in (
+        Mine(weight, lr=0.1),
+        torch.optim.SGD(weight, lr=0.1, foreach=True),
+        torch.optim.SGD(weight, lr=0.1, fused=False),
+        torch.optim.RMSprop(weight),
+    ):
+        assert fused(optimizer) is optimizer
+
+
+def test_schedules_move_the_fused_optimizer(trainer):
+    distiller = module(lr_scheduler=lambda optimizer: torch.optim.lr_scheduler.StepLR(optimizer, 1, 0.1))
+    fitted = trainer(max_epochs=2)
+    fitted.fit(distiller, TinyData())
+    assert fitted.optimizers[0].param_groups[0]["fused"]
+    assert fitted.optimizers[0].param_groups[0]["lr"] == pytest.approx(0.05 * 0.01)
+
+
+# Resume
+
+
+def test_a_resumed_epoch_goes_on_with_its_means_and_its_warmup(trainer, tmp_path):
+    def fit(path=None, save_at=None):
+        fitted = trainer(max_epochs=3, callbacks=[Diary(save_at, tmp_path / "mid.ckpt")])
+        losses = {"ce": CrossEntropyLoss(), "dkd": WeightedLoss(DKDLoss(), warmup_epochs=4)}
+        distiller = module(losses=losses)
+        fitted.fit(distiller, TinyData(val_size=0), ckpt_path=path)
+        return fitted.callback_metrics, distiller.student.state_dict()
+
+    metrics, weights = fit(save_at=9)  # 6 steps an epoch
+    again, resumed = fit(tmp_path / "mid.ckpt")
+    assert all(torch.equal(value, resumed[name]) for name, value in weights.items())
+    again_mid, _ = fit(tmp_path / "mid.ckpt")
+    assert metrics.keys() == again.keys() == again_mid.keys()
+    assert {name: value.item() for name, value in metrics.items()} == {
+        name: value.item() for name, value in again.items()
+    }
+
+
+def test_the_means_of_the_epoch_that_was_resumed_are_those_of_the_whole_epoch(trainer, tmp_path):
+    def fit(path=None):
+        fitted = trainer(max_epochs=2, callbacks=[Diary(9, tmp_path / "mid.ckpt")])
+        fitted.fit(module(), TinyData(val_size=0), ckpt_path=path)
+        return {name: value.item() for name, value in fitted.callback_metrics.items() if name.startswith("train/")}
+
+    assert fit() == fit(tmp_path / "mid.ckpt")
+
+
+# Nothing waits for the device
+
+
+class Waits(TorchDispatchMode):
+    """Counts operations that would make the host wait for an accelerator."""
+
+    NAMES = ("_local_scalar_dense", "nonzero", "masked_select", "is_nonzero", "equal", "unique")
+
+    def __init__(self):
+        super().__init__()
+        self.found = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.overloadpacket.__name__
+        if name.startswith(self.NAMES):
+            self.found.append(name)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("method", ["KD", "DKD", "MLKD", "WTTM", "KD, standardised", "RLD", "DIST", "CRD", "ReviewKD"])
+def test_a_step_does_not_wait_for_the_device(method, monkeypatch):
+    for file in (functional, crd):
+        monkeypatch.setattr(file, "_values_are_cheap", lambda tensor: False)  # as on an accelerator
+    distiller = ClassificationDistillation(
+        models.resnet8x4(num_classes=10), METHODS[method](), models.resnet8x4(num_classes=10)
+    ).train()
+    for term in distiller.losses.values():
+        term.on_fit_start(torch.arange(100) % 10)
+    optimizer, data = distiller.configure_optimizers(), batch(side=32, classes=10)
+    outputs = distiller.distil(data, distiller.run_teacher(data))
+    outputs["loss"].backward()
+    with Waits() as waits:
+        optimizer.zero_grad()
+        outputs = distiller.distil(data, distiller.run_teacher(data))
+        outputs["loss"].backward()
+        optimizer.step()
+        distiller.on_train_batch_end(outputs, data, 0)
+    assert not waits.found
+
+
+# Options
+
+
+def test_options_are_checked():
+    for wrong, message in (
+        ({"teacher_dtype": "int8"}, "teacher_dtype must be one of 'float32', 'bfloat16', 'float16', got 'int8'"),
+        ({"student_dtype": "float16"}, "student_dtype must be one of"),
+        ({"compile": ["optimizer"]}, "compile must be one of 'student', 'teacher', 'losses', got 'optimizer'"),
+        ({"compile_mode": "reduce-overhead"}, "compile names nothing"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            Performance(**wrong)
+    with pytest.raises(ValueError, match="performance must be one of 'plain', 'exact', 'fast', got 'fastest'"):
+        module("fastest")
+
+
+def test_compiled_networks_give_the_same_and_leave_no_trace_in_files(trainer, tmp_path, monkeypatch):
+    compiling = nn.Module.compile  # traced as ever, but run without being translated to C++, which takes a minute
+    monkeypatch.setattr(nn.Module, "compile", lambda self, mode=None: compiling(self, backend="eager"))
+    metrics, keys = [], []
+    for compiled in ([], ["student", "teacher", "losses"]):
+        losses = {"ce": CrossEntropyLoss(), "dkd": DKDLoss(), "fitnet": FitNetLoss("act", "act")}
+        distiller = module(Performance(compile=compiled), losses)
+        fitted = trainer(max_epochs=1)
+        fitted.fit(distiller, TinyData(val_size=0, batch_size=32))
+        metrics.append({name: value.item() for name, value in fitted.callback_metrics.items()})
+        fitted.save_checkpoint(tmp_path / "one.ckpt")
+        keys.append(torch.load(tmp_path / "one.ckpt", weights_only=True)["state_dict"].keys())
+        copy.deepcopy(distiller.student)
+    assert metrics[1] == pytest.approx(metrics[0], rel=1e-4)
+    assert keys[0] == keys[1]
