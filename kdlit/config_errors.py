@@ -58,6 +58,9 @@ def explain(message: str, parser: ArgumentParser, arguments: list[str]) -> str:
         return f"unknown key {name!r}" + _place(name.split(".")[-1], arguments) + _close(name, _options(parser))
     if "Expected a dot import path string: None" in leaf:
         return f"{'.'.join(keys)}: nothing can be taken out on the command line; set the weight of a loss to 0 instead"
+    if found := re.search(r"import path string: (\S+)\n\s*- Expected a typing.Literal\[(.+)\]$", message, re.MULTILINE):
+        place = _place(found[1], arguments)
+        return f"{'.'.join(keys)}: must be one of {found[2]}, or hold single options, got {found[1]!r}{place}"
     if found := re.search(r"Expected a dot import path string: (\S+)", leaf):
         return f"unknown class {found[1]!r}" + _place(found[1], arguments) + _close(found[1], _class_names())
     if found := re.search(r"module '([^']+)' has no attribute '([^']+)'", leaf):

@@ -231,6 +231,8 @@ MISTAKES = {
     "misspelled trainer key on the command line": (
         None, ("--trainer.max_epoch=3",), ["unknown key 'trainer.max_epoch' on the command line", "'trainer.max_epochs'"]),
     "misspelled term": (None, ("--model.losses.kdd.weight=2",), ["a term has no loss; is its name misspelled?"]),
+    "misspelled option with a name": (
+        None, ("--model.performance=quick",), ["model.performance: must be one of 'plain', 'exact', 'fast'", "'quick' on the command line"]),
     "misspelled logger": (None, ("--trainer.logger=WandbLoger",), ["unknown class 'WandbLoger'", "'WandbLogger'"]),
     "option that does not exist": (None, ("--modle.x=1",), ["unknown key 'modle.x' on the command line"]),
     "name missing in a module": (

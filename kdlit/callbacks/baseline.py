@@ -73,6 +73,7 @@ class PlainBaseline(L.Callback):
         """Make the twin's optimizer, or go on where the checkpoint left it."""
         assert isinstance(pl_module, DistillationModule)
         self.twin.to(pl_module.device)
+        pl_module.performance.lay_out(self.twin)
         self.optimizer = pl_module.fast_optimizer((self.make_optimizer or pl_module.optimizer)(self.twin.parameters()))
         make_lr_scheduler = self.make_lr_scheduler or pl_module.lr_scheduler
         self.lr_scheduler = make_lr_scheduler(self.optimizer) if make_lr_scheduler else None

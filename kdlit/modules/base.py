@@ -104,8 +104,6 @@ class DistillationModule(L.LightningModule):
             term.setup(self.student, teacher, *examples)
         layers = {path for term in terms.values() for path in term.student_layers}
         self._student_tap = self._tap("student", self.student, example, layers)
-        if self.performance.channels_last:
-            self.student.to(memory_format=torch.channels_last)
         self._frozen_teacher: FrozenTeacher | None = None
         if teacher is not None:
             layers = {path for term in terms.values() for path in term.teacher_layers}
@@ -352,6 +350,7 @@ class DistillationModule(L.LightningModule):
             self._frozen_teacher.prepare()
         options = self.performance
         options.prepare(self.trainer.strategy.root_device)
+        options.lay_out(self.student)
         if "student" in options.compile:
             compile_in_place(self.student, options.compile_mode)
         if "losses" in options.compile:
@@ -360,6 +359,10 @@ class DistillationModule(L.LightningModule):
         if stage == "fit":
             for term in self._terms().values():
                 term.on_fit_start(getattr(data, "train_target", None))
+
+    def teardown(self, stage: str) -> None:
+        """Give the student back in the usual layout."""
+        self.student.to(memory_format=torch.contiguous_format)
 
 
 def weighted_terms(losses: Mapping[str, WeightedLoss | DistillationLoss | None]) -> dict[str, WeightedLoss]:

@@ -107,8 +107,6 @@ class MutualLearning(ClassificationDistillation):
             for name, student in named.items()
         }
         self._student_tap = self._taps[first]
-        if self.performance.channels_last:
-            self.peers.to(memory_format=torch.channels_last)
 
     def _layers_of(self, name: str) -> set[str]:
         """What the losses want to see of a student, as the one that learns and as the one it learns from."""
@@ -124,9 +122,15 @@ class MutualLearning(ClassificationDistillation):
     def setup(self, stage: str) -> None:
         """Make everything ready to run."""
         super().setup(stage)
+        self.performance.lay_out(self.peers)
         if "student" in self.performance.compile:
             for peer in self.peers.values():
                 compile_in_place(peer, self.performance.compile_mode)
+
+    def teardown(self, stage: str) -> None:
+        """Give all students back in the usual layout."""
+        super().teardown(stage)
+        self.peers.to(memory_format=torch.contiguous_format)
 
     def training_step(self, batch: Any, batch_idx: int) -> dict[str, Any]:
         """Run every student once and add up all objectives."""

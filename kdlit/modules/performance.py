@@ -72,6 +72,11 @@ class Performance:
         if self.compile_mode is not None and not self.compile:
             raise ValueError("compile_mode says how to compile, but compile names nothing; name student or teacher")
 
+    def lay_out(self, network: nn.Module) -> None:
+        """Put the weights of a network into the layout asked for."""
+        if self.channels_last:
+            network.to(memory_format=torch.channels_last)
+
     def prepare(self, device: torch.device) -> None:
         """Settle what concerns the whole process, before it trains on a device."""
         if device.type == "cpu":

@@ -154,8 +154,7 @@ class FrozenTeacher:
             ) from error
         if options.teacher_dtype != "float32":
             twin.to(getattr(torch, options.teacher_dtype))
-        if options.channels_last:
-            twin.to(memory_format=torch.channels_last)
+        options.lay_out(twin)
         layers = dict(self.network.named_modules(remove_duplicate=False))
         stand_ins: list[tuple[dict[str, Any], str, Any]] = []
         for path, other in twin.named_modules(remove_duplicate=False):

@@ -38,7 +38,7 @@ def relative_gap(one, other, image):
 
 @pytest.mark.parametrize(
     ("name", "left"),
-    [("resnet8x4", 0), ("wrn_16_2", 7), ("vgg8", 0), ("mobilenetv2", 0), ("shufflenetv1", 0), ("shufflenetv2", 0)],
+    [("resnet8x4", 0), ("wrn_16_2", 6), ("vgg8", 0), ("mobilenetv2", 0), ("shufflenetv1", 0), ("shufflenetv2", 0)],
 )
 def test_published_networks_give_the_same(name, left):
     model = scrambled(getattr(models, name)(num_classes=10))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 
+import lightning as L
 import pytest
 import torch
 from torch import nn
@@ -50,6 +51,7 @@ def test_every_method_gives_the_same_loss_and_gradient_as_without_any_option(met
         data = batch(side=32, classes=10)
         for term in distiller.losses.values():
             term.on_fit_start(torch.arange(100) % 10)
+        distiller.performance.lay_out(distiller.student)
         torch.manual_seed(2)
         loss = distiller.distil(data, distiller.run_teacher(data))["loss"]
         loss.backward()
@@ -231,6 +233,22 @@ def test_schedules_move_the_fused_optimizer(trainer):
     fitted.fit(distiller, TinyData())
     assert fitted.optimizers[0].param_groups[0]["fused"]
     assert fitted.optimizers[0].param_groups[0]["lr"] == pytest.approx(0.05 * 0.01)
+
+
+def test_the_student_is_given_back_in_the_usual_layout(trainer):
+    class Layout(L.Callback):
+        def on_train_batch_end(self, trainer, pl_module, *args):
+            seen.append(pl_module.student.stem.weight.is_contiguous(memory_format=torch.channels_last))
+
+    seen, student = [], TinyNet()
+    fitted = trainer(callbacks=[Layout()])
+    fitted.fit(module(student=student), TinyData())
+    assert seen
+    assert all(seen)
+    assert student.stem.weight.is_contiguous()
+    alone = TinyNet()
+    alone.load_state_dict(student.state_dict())
+    assert torch.equal(alone.eval()(batch()["image"]), student.eval()(batch()["image"]))
 
 
 # Resume
