@@ -78,6 +78,7 @@ class DistillationModule(L.LightningModule):
         self.lr_scheduler = lr_scheduler
         self.performance = chosen(performance)
         self.means = {stage: RunningMeans() for stage in ("train", "val", "test")}
+        self._outputs: tuple[ModelOutput, ModelOutput, Batch] | None = None  # of a step whose end is yet to come
 
         if teacher is not None and {id(p) for p in student.parameters()} & {id(p) for p in teacher.parameters()}:
             raise ValueError("student and teacher share parameters; give the teacher its own copy (copy.deepcopy)")
@@ -203,6 +204,7 @@ class DistillationModule(L.LightningModule):
         figures = {"train/loss": objective.detach(), **figures, **self.watch(seen, batch)}
         self.means["train"].add(figures, len(batch["image"]))
         teacher = cast("ModelOutput", None) if teacher is None else teacher.detach()
+        self._outputs = seen, teacher, batch
         return {"loss": objective, "batch": batch, "student": seen, "teacher": teacher}
 
     def show(self, objective: Tensor, batch_idx: int) -> None:
@@ -236,6 +238,14 @@ class DistillationModule(L.LightningModule):
         """Log the means over the epoch."""
         self._log_figures("train")
 
+    def on_validation_epoch_start(self) -> None:
+        """Start anew; a validation that was broken off may have left some."""
+        self.means["val"] = RunningMeans()
+
+    def on_test_epoch_start(self) -> None:
+        """Likewise."""
+        self.means["test"] = RunningMeans()
+
     def on_validation_epoch_end(self) -> None:
         """Log the means over the validation pictures."""
         self._log_figures("val")
@@ -265,8 +275,14 @@ class DistillationModule(L.LightningModule):
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Let the losses update their memories."""
-        for term in self._terms().values():
-            term.on_train_batch_end(outputs["student"], outputs["teacher"], outputs["batch"])
+        self._remember()
+
+    def _remember(self) -> None:
+        """Update them after a step, once."""
+        outputs, self._outputs = self._outputs, None
+        if outputs is not None:
+            for term in self._terms().values():
+                term.on_train_batch_end(*outputs)
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """Optimise what is trainable in student and losses, never the teacher."""
@@ -304,10 +320,15 @@ class DistillationModule(L.LightningModule):
         return self
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Leave the teacher out."""
+        """Leave the teacher out; of a step that is done, the losses' memories are part."""
         state = checkpoint["state_dict"]
+        if self._trainer is not None:
+            progress: Any = self.trainer.fit_loop.epoch_loop.batch_progress.current
+            if progress.processed > progress.completed:  # by a callback, whose turn at the end of a step comes first
+                self._remember()
+                state.update(self.losses.state_dict(prefix="losses."))
         checkpoint["state_dict"] = {name: value for name, value in state.items() if not name.startswith("teacher.")}
-        checkpoint["means"] = {stage: means.state_dict() for stage, means in self.means.items()}
+        checkpoint["train_means"] = self.means["train"].state_dict()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Put the teacher's own weights in, so that loading stays strict.
@@ -316,8 +337,7 @@ class DistillationModule(L.LightningModule):
             ValueError: If the checkpoint is of another student or of other losses.
         """
         if self._trainer is not None and self.trainer.training and self.global_rank == 0:
-            for stage, means in self.means.items():
-                means.load_state_dict(checkpoint["means"][stage])
+            self.means["train"].load_state_dict(checkpoint.get("train_means", {}))
         saved, own = checkpoint["state_dict"], self.state_dict()
         if self.teacher is not None:
             saved.update(self.teacher.state_dict(prefix="teacher."))

@@ -28,7 +28,7 @@ class RunningMeans:
         """
         names, row = tuple(values), torch.stack([*values.values(), _one(next(iter(values.values())).device)])
         sums = self._sums.get(names)
-        self._sums[names] = row * size if sums is None else sums.add_(row, alpha=size)
+        self._sums[names] = row * size if sums is None else sums.to(row.device).add_(row, alpha=size)
 
     def take(self, over_processes: Callable[[Tensor], Tensor]) -> dict[str, Tensor]:
         """Return the means by name, scalars, and start anew.

@@ -83,6 +83,7 @@ class MutualLearning(ClassificationDistillation):
         )
         self.peers = nn.ModuleDict({name: named[name] for name in others})
         self.names = tuple(named)
+        self._seen: tuple[dict[str, ModelOutput], Batch] | None = None  # of a step whose end is yet to come
 
         example = torch.zeros(1, *input_size)
         for name, student in named.items():
@@ -161,14 +162,17 @@ class MutualLearning(ClassificationDistillation):
             figures["train/top1"] = figures[f"train/{self.names[0]}/top1"]
         self.means["train"].add(figures, len(batch["image"]))
         self.show(objective, batch_idx)
+        self._seen = detached, batch
         return {"loss": objective, "batch": batch, "students": detached}
 
-    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
-        """Let the losses update their memories."""
-        students: dict[str, ModelOutput] = outputs["students"]
-        for path, term in self._terms().items():
-            name, peer = self._pairs[path]
-            term.on_train_batch_end(students[name], cast("ModelOutput", students.get(peer)), outputs["batch"])
+    def _remember(self) -> None:
+        """Let the losses update their memories after a step, once."""
+        seen, self._seen = self._seen, None
+        if seen is not None:
+            students, batch = seen
+            for path, term in self._terms().items():
+                name, peer = self._pairs[path]
+                term.on_train_batch_end(students[name], cast("ModelOutput", students.get(peer)), batch)
 
     def measure(self, stage: str, batch: Batch, teacher: ModelOutput) -> dict[str, Tensor]:
         """Say how good every student is, and more about the first."""

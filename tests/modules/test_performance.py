@@ -12,7 +12,18 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from kdlit import models
 from kdlit.benchmark.training import METHODS
-from kdlit.losses import CrossEntropyLoss, DistillationLoss, DKDLoss, FitNetLoss, KDLoss, WeightedLoss, crd, functional
+from kdlit.callbacks import RandomState
+from kdlit.losses import (
+    CRDLoss,
+    CrossEntropyLoss,
+    DistillationLoss,
+    DKDLoss,
+    FitNetLoss,
+    KDLoss,
+    WeightedLoss,
+    crd,
+    functional,
+)
 from kdlit.modules import ClassificationDistillation
 from kdlit.modules.performance import Performance, fused
 from tests.conftest import Diary, TinyData, TinyNet
@@ -270,6 +281,22 @@ def test_a_resumed_epoch_goes_on_with_its_means_and_its_warmup(trainer, tmp_path
     assert {name: value.item() for name, value in metrics.items()} == {
         name: value.item() for name, value in again.items()
     }
+
+
+def test_a_checkpoint_at_the_end_of_a_step_holds_what_the_losses_remember_of_it(trainer, tmp_path):
+    def fit(path=None):
+        losses = {"crd": CRDLoss("fc.input", "fc.input", negatives=8)}
+        distiller = module(losses=losses)
+        trainer(max_epochs=2, callbacks=[Diary(8, tmp_path / "mid.ckpt"), RandomState()]).fit(
+            distiller, TinyData(val_size=0), ckpt_path=path
+        )
+        return distiller.losses.state_dict()
+
+    whole = fit()
+    assert whole["crd.loss.memory_student"].abs().sum() > 0
+    resumed = fit(tmp_path / "mid.ckpt")
+    assert whole.keys() == resumed.keys()
+    assert all(torch.equal(value, resumed[name]) for name, value in whole.items())
 
 
 def test_the_means_of_the_epoch_that_was_resumed_are_those_of_the_whole_epoch(trainer, tmp_path):
