@@ -215,7 +215,9 @@ class DistillationModule(L.LightningModule):
             self.log("loss", objective.detach().cpu(), prog_bar=True, logger=False)
 
     def watch(self, student: ModelOutput, batch: Batch) -> dict[str, Tensor]:
-        """What else to log about a training batch: means over its samples by name, scalars. Here, nothing.
+        """What else to log about a training batch, by name: means over it, scalars, or values of each sample, ``(B,)``.
+
+        Here, nothing.
 
         Args:
             student: what the student gave, without a graph.

@@ -22,8 +22,8 @@ class ClassificationDistillation(DistillationModule):
     """
 
     def watch(self, student: ModelOutput, batch: Batch) -> dict[str, Tensor]:
-        """The student's accuracy on the training pictures, if they have labels."""
-        return {"train/top1": accuracy(student.logits, batch["target"])} if "target" in batch else {}
+        """Where the student is right about the training pictures, if they have labels."""
+        return {"train/top1": is_right(student.logits, batch["target"])} if "target" in batch else {}
 
     def validation_step(self, batch: Any, batch_idx: int) -> None:
         """Measure student and teacher on validation pictures."""
@@ -40,7 +40,7 @@ class ClassificationDistillation(DistillationModule):
         self.means[stage].add(self.measure(stage, batch, self.run_teacher(batch)), len(batch["image"]))
 
     def measure(self, stage: str, batch: Batch, teacher: ModelOutput) -> dict[str, Tensor]:
-        """Say how good the networks are on one batch: means over its samples by name, scalars.
+        """Say how good the networks are on one batch, by name: means over it, scalars, or values of each sample.
 
         Args:
             stage: ``val`` or ``test``, for the names.
@@ -53,12 +53,12 @@ class ClassificationDistillation(DistillationModule):
         target = batch["target"].long()
         figures = {
             "cross_entropy": F.cross_entropy(logits, target),
-            "top1": accuracy(logits, target),
-            "top5": accuracy(logits, target, k=min(5, self.num_classes)),
+            "top1": is_right(logits, target),
+            "top5": is_right(logits, target, k=min(5, self.num_classes)),
         }
         if cast("ModelOutput | None", teacher) is not None:
-            figures["teacher_top1"] = accuracy(teacher.logits, target)
-            figures["agreement"] = accuracy(logits, teacher.logits.argmax(dim=-1))
+            figures["teacher_top1"] = is_right(teacher.logits, target)
+            figures["agreement"] = is_right(logits, teacher.logits.argmax(dim=-1))
         return {f"{stage}/{name}": value for name, value in figures.items()}
 
     def predict_step(self, batch: Any, batch_idx: int) -> dict[str, Tensor]:
@@ -75,13 +75,14 @@ class ClassificationDistillation(DistillationModule):
         return prediction | {name: batch[name] for name in ("target", "index") if name in batch}
 
 
-def accuracy(logits: Tensor, target: Tensor, k: int = 1) -> Tensor:
-    """Share of samples whose label is among the ``k`` largest logits, a scalar.
+def is_right(logits: Tensor, target: Tensor, k: int = 1) -> Tensor:
+    """Whether the label is among the ``k`` largest logits, for each sample: bool, shape ``(B,)``.
 
     Args:
         logits: shape ``(B, C)``.
         target: labels, shape ``(B,)``.
         k: how many.
     """
-    named = logits.argmax(dim=-1, keepdim=True) if k == 1 else logits.topk(k, dim=-1).indices
-    return (named == target[:, None]).sum() / len(target)
+    if k == 1:
+        return logits.argmax(dim=-1) == target
+    return (logits.topk(k, dim=-1).indices == target[:, None]).any(dim=-1)

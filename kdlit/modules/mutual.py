@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from kdlit.losses import CrossEntropyLoss, DistillationLoss, DMLLoss, WeightedLoss
 from kdlit.modules.base import as_batch, default_optimizer, run_loss, weighted_terms
-from kdlit.modules.classification import ClassificationDistillation, accuracy
+from kdlit.modules.classification import ClassificationDistillation, is_right
 from kdlit.modules.networks import check_image, logits_of, run_network
 from kdlit.modules.performance import Performance, Preset, compile_in_place
 from kdlit.types import Batch, ModelOutput
@@ -157,7 +157,7 @@ class MutualLearning(ClassificationDistillation):
         figures["train/loss"] = objective.detach()
         if "target" in batch:
             figures |= {
-                f"train/{name}/top1": accuracy(output.logits, batch["target"]) for name, output in detached.items()
+                f"train/{name}/top1": is_right(output.logits, batch["target"]) for name, output in detached.items()
             }
             figures["train/top1"] = figures[f"train/{self.names[0]}/top1"]
         self.means["train"].add(figures, len(batch["image"]))
@@ -181,7 +181,7 @@ class MutualLearning(ClassificationDistillation):
         with self.student_precision(batch["image"].device):
             for name, peer in self.peers.items():
                 logits = logits_of(peer(batch["image"]), f"student {name}")
-                figures[f"{stage}/{name}/top1"] = accuracy(logits, batch["target"])
+                figures[f"{stage}/{name}/top1"] = is_right(logits, batch["target"])
         return figures
 
 

@@ -29,24 +29,37 @@ def test_batches_may_hold_different_figures():
 
 
 def test_over_processes_sums_and_counts_are_added():
-    ours, theirs = RunningMeans(), RunningMeans()
+    ours = RunningMeans()
     ours.add({"a": torch.tensor(1.0)}, 1)
-    theirs.add({"a": torch.tensor(4.0)}, 2)
-    (other,) = theirs.state_dict().values()
-    assert ours.take(lambda sums: sums + other)["a"].item() == 3.0
+    assert ours.take(lambda sums: sums + torch.tensor([8.0, 2.0]))["a"].item() == 3.0  # 4.0 for two samples
 
 
-def test_a_state_goes_on_where_it_was_saved():
+def test_values_of_each_sample_are_averaged():
+    means = RunningMeans()
+    means.add({"hit": torch.tensor([True, False, True])}, 3)
+    means.add({"hit": torch.tensor([False])}, 1)
+    assert means.take(alone)["hit"].item() == 0.5
+
+
+@pytest.mark.parametrize("save_after", [0, 1, 63, 64, 65, 129, 200])
+def test_a_state_goes_on_where_it_was_saved(save_after):
+    """The same to the last bit, wherever it was saved and also if it was not."""
+    torch.manual_seed(0)
+    steps = [({"a": torch.rand(()), "hit": torch.rand(size) > 0.5}, size) for size in [7] * 180 + [3] * 20]
     whole, first, second = RunningMeans(), RunningMeans(), RunningMeans()
-    values = [torch.rand(()) for _ in range(7)]
-    for number, value in enumerate(values):
-        whole.add({"a": value}, 3)
-        (first if number < 4 else second).add({"a": value}, 3)
-        if number == 3:
-            saved = first.state_dict()
-            first.add({"a": torch.tensor(100.0)}, 1)  # what comes after saving is not in it
-            second.load_state_dict(saved)
-    assert torch.equal(whole.take(alone)["a"], second.take(alone)["a"])
+    for values, size in steps:
+        whole.add(values, size)
+    for values, size in steps[:save_after]:
+        first.add(values, size)
+    saved = first.state_dict()
+    first.add({"a": torch.tensor(100.0), "hit": torch.ones(1)}, 1)  # what comes after saving is not in it
+    second.load_state_dict(saved)
+    for values, size in steps[save_after:]:
+        second.add(values, size)
+    one, other = whole.take(alone), second.take(alone)
+    assert all(torch.equal(one[name], other[name]) for name in ("a", "hit"))
+    count = sum(size for _, size in steps)
+    assert one["hit"].item() == pytest.approx(sum(values["hit"].sum().item() for values, _ in steps) / count)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
