@@ -29,6 +29,11 @@ def of_tensors(tensors: Mapping[str, Tensor]) -> str:
     return digest.hexdigest()
 
 
+def of_text(text: str) -> str:
+    """SHA-256 of a text."""
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
 def of_network(network: nn.Module) -> str:
     """:func:`of_tensors` of all parameters and buffers, those left out of its ``state_dict`` included."""
     named = (network.named_parameters(remove_duplicate=False), network.named_buffers(remove_duplicate=False))

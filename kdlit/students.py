@@ -137,7 +137,7 @@ class Students:
                 hint = "; use seed" if key == "seed_everything" else ""
                 raise ValueError(f"students.{name}.set: {key} cannot be set for one student{hint}")
         texts = {
-            key: value if isinstance(value, str) else json.dumps(value, default=str)
+            key: value if isinstance(value, str) else json.dumps(value, default=_plain)
             for key, value in student.set.items()
         }
         own = [f"--{key}={text}" for key, text in texts.items()]
@@ -243,6 +243,11 @@ class Students:
         return kept
 
 
+def _plain(value: Any) -> Any:
+    """What the parser made of a class and its arguments, as it was written."""
+    return value.as_dict() if isinstance(value, Namespace) else str(value)
+
+
 class StudentCheckpoint(ModelCheckpoint):
     """Keeps checkpoints of one student of several, which are those of its separate run.
 
@@ -299,11 +304,10 @@ def _checkpoint_of(student: str, whole: Mapping[str, Any], trainer: L.Trainer) -
     precision = type(trainer.precision_plugin).__qualname__
     if group.scalers is not None:
         checkpoint[precision] = whole[precision][student]
-    callbacks = {
-        key.removeprefix(f"{student}/"): state
-        for key, state in whole["callbacks"].items()
-        if key.startswith(f"{student}/") or not key.startswith(tuple(f"{name}/" for name in group.names))
-    }
+    states_of = whole["callbacks"]
+    callbacks = {key: states_of[key] for key in states_of if not key.startswith(tuple(f"{n}/" for n in group.names))}
+    prefix = f"{student}/"  # what is the student's own goes before what is the group's
+    callbacks |= {key.removeprefix(prefix): states_of[key] for key in states_of if key.startswith(prefix)}
     for key, state in callbacks.items():
         if isinstance(state, dict) and "students" in state:
             callbacks[key] = state["students"].get(student)

@@ -68,7 +68,7 @@ students:
   dkd_1: {config: [methods/dkd.yaml], seed: 1, set: {model.student: own.Dropped}}
   wide:
     config: methods/kd.yaml
-    set: {model.student: own.Dropped, model.student.width: 12, model.optimizer: torch.optim.Adam, model.lr_scheduler: null}
+    set: {model.student: {class_path: own.Dropped, init_args: {width: 12}}, model.optimizer: torch.optim.Adam, model.lr_scheduler: null}
 """
 
 # What is said of a student above, as the arguments of its separate run.
@@ -199,6 +199,8 @@ MISTAKES = {
     "teacher": (
         "{a: {config: methods/kd.yaml}, b: {config: methods/kd.yaml, set: {model.teacher.width: 8}}}", (),
         ["those of a and b differ in their layers"]),
+    "names alike": (
+        "{a: {config: methods/kd.yaml}, A: {config: methods/kd.yaml}}", (), ["differ in more than upper and lower case"]),
     "name": ("{a.b: {config: methods/kd.yaml}}", (), ["letters, digits, _ and -"]),
     "name of a folder": ("{checkpoints: {config: methods/kd.yaml}}", (), ["not be checkpoints"]),
     "number as a name": ("{1: {config: methods/kd.yaml}}", (), ["got 1"]),

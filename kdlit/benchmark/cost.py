@@ -100,17 +100,19 @@ def measure(
     """
     if (file is None) == (images_per_s is None):
         raise ValueError("cost needs either the file that `speed --json FILE` wrote or --images_per_s")
+    for option, rate in (("--images_per_s", images_per_s), ("--imagenet_images_per_s", imagenet_images_per_s)):
+        if rate is not None and not rate > 0:
+            raise ValueError(f"{option} must be > 0, got {rate}")
     tasks = {"CIFAR-100": Task(50_000, 100, 240), "ImageNet": Task(1_281_167, 1000, 100, devices)}
     imagenet = {
         role: forward_flops(_imagenet_network(name), 224, "meta")
-        for role, name in zip(("teacher", "student"), imagenet_pair.split(":"), strict=True)
+        for role, name in _pair("--imagenet_pair", imagenet_pair).items()
     }
     rows = []
     measured_on = None
     if file is None:
         assert images_per_s is not None
-        roles = zip(("teacher", "student"), pair.split(":"), strict=True)
-        flops = {role: forward_flops(getattr(models, name)()) for role, name in roles}
+        flops = {role: forward_flops(_cifar_network(name)) for role, name in _pair("--pair", pair).items()}
         sources = iter([_given(pair, images_per_s, flops)])
     else:
         result = json.loads(_read(file))
@@ -262,6 +264,20 @@ def _read(file: str) -> str:
     if not path.exists():
         raise FileNotFoundError(f"there is no {path.absolute()}; write it with `speed --json {file}`")
     return path.read_text()
+
+
+def _pair(option: str, text: str) -> dict[str, str]:
+    names = text.split(":")
+    if len(names) != 2:
+        raise ValueError(f"{option} must be TEACHER:STUDENT, got {text!r}")
+    return dict(zip(("teacher", "student"), names, strict=True))
+
+
+def _cifar_network(name: str) -> torch.nn.Module:
+    if name not in models.__all__:
+        raise ValueError(f"--pair: kdlit.models has no {name!r}")
+    network: torch.nn.Module = getattr(models, name)()
+    return network
 
 
 def _imagenet_network(name: str) -> torch.nn.Module:

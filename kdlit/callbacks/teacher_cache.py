@@ -23,16 +23,17 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 from torch import Tensor, nn
 
 from kdlit.data import SplitDataModule
+from kdlit.data.base import without_addresses
 from kdlit.data.sampling import EpochDataset
 from kdlit.data.teacher_logits import ABOUT, LogitFormat, TeacherLogits, create
-from kdlit.fingerprint import of_network, sketch
+from kdlit.fingerprint import of_network, of_text, sketch
 from kdlit.modules import ManyStudents
 from kdlit.modules.networks import logits_of
 from kdlit.modules.teacher import FrozenTeacher
 
 _PROBES = 64  # pictures that are made again to see whether all is as it was
 _SAME_PICTURE = 1e-3  # in a sketch: rounding stays below, one step of 1/255 in one pixel above
-_SAME_LOGITS = 2e-3  # of the largest logit: twice what float16 rounds off
+_SAME_LOGITS = {"float16": 2e-3, "float32": 1e-4}  # of the largest logit: above what rounding does
 
 
 class TeacherCache(L.Callback):
@@ -77,6 +78,8 @@ class TeacherCache(L.Callback):
         top_k: int | None = None,
     ) -> None:
         LogitFormat(1, 2**31, epochs, dtype=dtype, top_k=top_k)  # checks the values
+        if not path:
+            raise ValueError("path must name a folder, got ''")
         self.path = Path(path).expanduser()
         self.epochs = epochs
         self.dtype = dtype
@@ -225,7 +228,11 @@ class TeacherCache(L.Callback):
         except NotImplementedError as error:
             raise ValueError(f"TeacherCache: {error}, so that a stale cache would not be noticed; add one") from None
         about = {
-            "teacher": {"class": type(teacher).__qualname__, "weights": of_network(teacher)},
+            "teacher": {
+                "class": type(teacher).__qualname__,
+                "layers": of_text(without_addresses(teacher)),
+                "weights": of_network(teacher),
+            },
             "data": {"fingerprint": fingerprint},
             "transform": data.teacher_view(augmented=bool(self.epochs)),
         }
@@ -251,7 +258,7 @@ class TeacherCache(L.Callback):
         old, new = asdict(logits.format), asdict(row_format)
         parts = {"data": ["pictures"], "teacher": ["classes"], "epochs": ["epochs"], "format": ["dtype", "top_k"]}
         odd = [
-            f"{part}: {name} {old[name]!r} in the cache, {new[name]!r} now"
+            f"{part if part == name else f'{part}: {name}'} {old[name]!r} in the cache, {new[name]!r} now"
             for part, names in parts.items()
             for name in names
             if old[name] != new[name]
@@ -293,7 +300,7 @@ class TeacherCache(L.Callback):
         live = _logits(teacher, batch, logits.format.strong, device)[rows].cpu()
         value, label = stored.topk(self.top_k or stored.shape[-1])
         worst = (value - live.gather(-1, label)).abs().max()
-        if not worst <= _SAME_LOGITS * live.abs().max():
+        if not worst <= _SAME_LOGITS[logits.format.dtype] * live.abs().max():
             raise self._stale(
                 f"teacher: the same weights give other logits than when it was made, by up to {float(worst):.3g}"
             )

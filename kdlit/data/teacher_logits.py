@@ -155,8 +155,10 @@ class TeacherLogits:
             if _is_free(self.path):
                 raise FileNotFoundError(f"there is no teacher cache {self.path}") from None
             raise ValueError(
-                f"{self.path} exists but is no teacher cache: it has no {ABOUT}; name another path"
+                f"{self.path} exists but is no teacher cache: it has no {ABOUT}; name another path, or delete it"
             ) from None
+        except OSError as error:
+            raise self.damaged(ABOUT, str(error.strerror)) from None
         except (ValueError, LookupError, TypeError, AttributeError, OverflowError) as error:
             raise self.damaged(ABOUT, f"{type(error).__name__} {error}") from None
         for name, size in sizes.items():
@@ -270,7 +272,7 @@ class TeacherLogits:
         import fcntl  # not on every system, and only needed here
 
         if self._locks is None:  # never opened twice: closing any of a process's files gives up all its locks
-            self._locks = (self.path / LOCKS).open("r+b")
+            self._locks = (self.path / LOCKS).open("a+b")
         for block in np.flatnonzero(self.marks() == 0).tolist():
             try:
                 fcntl.lockf(self._locks, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, block)
@@ -338,8 +340,8 @@ def create(path: str | Path, about: Mapping[str, Any], row_format: LogitFormat, 
         raise ValueError(f"{existing} is a file, so that {path} cannot be made; name another path")
     if row_format.size > (free := shutil.disk_usage(existing).free):
         raise OSError(
-            f"the teacher cache {path} takes {row_format.size / 1e9:.2f} GB, but {existing} has room for "
-            f"{free / 1e9:.2f}; make room, name a path on another disk, or store less: float16, top_k, fewer epochs",
+            f"the teacher cache {path} takes {row_format.size / 1e6:,.1f} MB, but {existing} has room for "
+            f"{free / 1e6:,.1f}; make room, name a path on another disk, or store less: float16, top_k, fewer epochs",
         )
     scratch = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
     try:

@@ -51,7 +51,7 @@ class FeatureTap:
             raise TypeError(f"layer {path!r} gave {type(value).__name__}, but only tensors can be used as features")
         if path in self._overwritten:
             value = value.clone()
-        self._caught[path] = (value, _version(value))
+        self._caught[path] = (value, version(value))
 
     def take(self) -> dict[str, Tensor]:
         """Return what the last forward pass gave, by path, and forget it.
@@ -62,7 +62,7 @@ class FeatureTap:
         caught, self._caught = self._caught, {}
         if missing := self._paths - caught.keys():
             raise RuntimeError(f"the forward pass did not go through layer {', '.join(sorted(missing))}")
-        self._overwritten |= {path for path, (value, version) in caught.items() if _version(value) != version}
+        self._overwritten |= {path for path, (value, count) in caught.items() if version(value) != count}
         return {path: value for path, (value, _) in caught.items()}
 
     def forget(self) -> None:
@@ -93,7 +93,7 @@ class _CatchInput(_Catch):
         self.tap.catch(self.path, args[0] if args else None)
 
 
-def _version(value: Tensor) -> int:
+def version(value: Tensor) -> int:
     """How often a tensor has been written to; 0 in inference mode, where nobody counts and earlier passes must do."""
     try:
         return value._version

@@ -10,6 +10,7 @@ import lightning as L
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.core.mixins.hparams_mixin import _given_hyperparameters
+from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 
@@ -19,7 +20,7 @@ from kdlit.models.features import FeatureTap, dry_run
 from kdlit.modules.means import RunningMeans
 from kdlit.modules.networks import check_image, logits_of, run_network
 from kdlit.modules.performance import Performance, Preset, chosen, compile_in_place, fused
-from kdlit.modules.teacher import FrozenTeacher
+from kdlit.modules.teacher import FrozenTeacher, freeze
 from kdlit.types import Batch, ModelOutput
 
 
@@ -72,12 +73,13 @@ class DistillationModule(L.LightningModule):
             # from Python would be pickled into it, so there they stay out.
             self.save_hyperparameters(logger=False)
         self.student = student
-        self.teacher = None if teacher is None else teacher.requires_grad_(False).eval()
+        self.teacher = None if teacher is None else freeze(teacher)
         self.losses = nn.ModuleDict(weighted_terms(losses))
         self.optimizer = optimizer
         self.lr_scheduler = lr_scheduler
         self.performance = chosen(performance)
         self.means = {stage: RunningMeans() for stage in ("train", "val", "test")}
+        self._means_of: int | None = None  # the epoch that the means of a checkpoint are of
         self._outputs: tuple[ModelOutput, ModelOutput, Batch] | None = None  # of a step whose end is yet to come
 
         if teacher is not None and {id(p) for p in student.parameters()} & {id(p) for p in teacher.parameters()}:
@@ -111,6 +113,7 @@ class DistillationModule(L.LightningModule):
             self._tap("teacher", teacher, teacher_example, layers).remove()  # it was a trial
             own = teacher_input_size is not None
             self._frozen_teacher = FrozenTeacher(teacher, layers, self.performance, teacher_example, own)
+            self._frozen_teacher.prepare()
 
     def _terms(self) -> dict[str, WeightedLoss]:
         return cast("dict[str, WeightedLoss]", dict(self.losses.items()))
@@ -169,7 +172,8 @@ class DistillationModule(L.LightningModule):
 
     def student_precision(self, device: torch.device) -> AbstractContextManager[Any]:
         """Autocast, if that is asked for and the trainer does not do it anyway."""
-        if self.performance.student_dtype == "float32" or torch.is_autocast_enabled(device.type):
+        is_half = self.dtype in (torch.float16, torch.bfloat16)
+        if self.performance.student_dtype == "float32" or is_half or torch.is_autocast_enabled(device.type):
             return nullcontext()
         return torch.autocast(device.type, torch.bfloat16)
 
@@ -241,12 +245,17 @@ class DistillationModule(L.LightningModule):
         self._log_figures("train")
 
     def on_validation_epoch_start(self) -> None:
-        """Start anew; a validation that was broken off may have left some."""
-        self.means["val"] = RunningMeans()
+        """Start counting."""
+        self._start_anew("val")
 
     def on_test_epoch_start(self) -> None:
-        """Likewise."""
-        self.means["test"] = RunningMeans()
+        """Start counting."""
+        self._start_anew("test")
+
+    def _start_anew(self, stage: str) -> None:
+        self.means[stage] = RunningMeans()  # an epoch that was broken off may have left some
+        if self._frozen_teacher is not None:
+            self._frozen_teacher.look_again()
 
     def on_validation_epoch_end(self) -> None:
         """Log the means over the validation pictures."""
@@ -262,12 +271,14 @@ class DistillationModule(L.LightningModule):
 
     def on_train_start(self) -> None:
         """Tell the losses which epoch goes on, where a run is taken up in the middle of one."""
+        if self._means_of not in (None, self.current_epoch):
+            self.means["train"] = RunningMeans()  # the checkpoint is from the last step of the epoch before
         if self.trainer.fit_loop.restarted_mid_epoch:
             self.on_epoch(self.current_epoch)
 
     def on_train_epoch_start(self) -> None:
         """Tell the losses which epoch starts."""
-        self.means["train"] = RunningMeans()  # an epoch that was broken off may have left some
+        self._start_anew("train")
         self.on_epoch(self.current_epoch)
 
     def on_epoch(self, epoch: int) -> None:
@@ -305,12 +316,8 @@ class DistillationModule(L.LightningModule):
 
     def fast_optimizer(self, optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
         """Return the optimizer in the form that ``performance`` asks for."""
-        trainer = self._trainer
-        # The trainer then scales or clips gradients in passes of its own, and refuses optimizers that might as well.
-        in_passes = trainer is not None and (
-            trainer.precision == "16-mixed" or ("mixed" in trainer.precision and trainer.gradient_clip_val is not None)
-        )
-        return fused(optimizer) if self.performance.fused_optimizer and not in_passes else optimizer
+        sparse = any(getattr(module, "sparse", False) for module in self.modules())
+        return fused(optimizer) if self.performance.fused_optimizer and not sparse else optimizer
 
     # Teacher hygiene
 
@@ -330,7 +337,13 @@ class DistillationModule(L.LightningModule):
                 self._remember()
                 state.update(self.losses.state_dict(prefix="losses."))
         checkpoint["state_dict"] = {name: value for name, value in state.items() if not name.startswith("teacher.")}
-        checkpoint["train_means"] = self.means["train"].state_dict()
+        sums = self.means["train"].state_dict()
+        if self._trainer is not None and self.trainer.state.fn == TrainerFn.FITTING:
+            sums = {
+                names: {part: self._over_processes(values) for part, values in own.items()}
+                for names, own in sums.items()
+            }
+        checkpoint["train_means"] = {"epoch": self.current_epoch, "sums": sums}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Put the teacher's own weights in, so that loading stays strict.
@@ -338,8 +351,14 @@ class DistillationModule(L.LightningModule):
         Raises:
             ValueError: If the checkpoint is of another student or of other losses.
         """
-        if self._trainer is not None and self.trainer.training and self.global_rank == 0:
-            self.means["train"].load_state_dict(checkpoint.get("train_means", {}))
+        if self._trainer is not None and self.trainer.state.fn == TrainerFn.FITTING and "train_means" in checkpoint:
+            share = 1 if self.global_rank == 0 else 0  # they are sums over all processes
+            sums = {
+                names: {part: share * values for part, values in all_of.items()}
+                for names, all_of in checkpoint["train_means"]["sums"].items()
+            }
+            self.means["train"].load_state_dict(sums)
+            self._means_of = checkpoint["train_means"]["epoch"]
         saved, own = checkpoint["state_dict"], self.state_dict()
         if self.teacher is not None:
             saved.update(self.teacher.state_dict(prefix="teacher."))
@@ -370,6 +389,7 @@ class DistillationModule(L.LightningModule):
             )
         if self._frozen_teacher is not None:
             self._frozen_teacher.prepare()
+            self._frozen_teacher.compile()
         options = self.performance
         options.prepare(self.trainer.strategy.root_device)
         options.lay_out(self.student)

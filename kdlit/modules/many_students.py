@@ -145,7 +145,7 @@ class ManyStudents(L.LightningModule):
             try:
                 with self.turn(name) as student:
                     output = getattr(student, step)({**batch}, batch_idx)
-            except ValueError as error:
+            except Exception as error:  # what is no number makes losses and solvers fail in many ways
                 if step != "training_step" or not self._may_drop(name, batch):
                     raise
                 self._drop(name, str(error))
@@ -224,6 +224,7 @@ class ManyStudents(L.LightningModule):
                 stream.restart()  # as such a strategy does to the generators when it starts
         if self._frozen_teacher is not None:
             self._frozen_teacher.frozen.prepare()
+            self._frozen_teacher.frozen.compile()
         for name in self.names:
             with self.turn(name) as student:
                 student.setup(stage)
@@ -403,6 +404,13 @@ class _ShareOfTeacher:
     def prepare(self) -> None:
         """Nothing: it is prepared once for all."""
 
+    def compile(self) -> None:
+        """Likewise."""
+
+    def look_again(self) -> None:
+        """See whether the network was changed."""
+        self.shared.frozen.look_again()
+
 
 def _key(name: str) -> str:
     return f"students/{name}"
@@ -432,6 +440,7 @@ def _share_teacher(students: Mapping[str, DistillationModule]) -> _SharedTeacher
     layers = {path for _, own in taught.values() for path in own.layers}
     strong = any(term.needs_strong_view for student, _ in taught.values() for term in student._terms().values())
     union = FrozenTeacher(frozen.network, layers, frozen.performance, frozen.example, frozen.has_own_input)
+    union.prepare()
     shared = _SharedTeacher(union, strong)
     for student, own in taught.values():
         student._frozen_teacher = _ShareOfTeacher(shared, student, own.layers)  # type: ignore[assignment]
@@ -465,6 +474,10 @@ def _check(students: Mapping[str, DistillationModule]) -> None:
     """Refuse names and modules that cannot be together."""
     if not students:
         raise ValueError("students must hold at least one module, got none")
+    if len({str(name).lower() for name in students}) < len(students):
+        raise ValueError(
+            f"the names of students must differ in more than upper and lower case, got {', '.join(map(str, students))}"
+        )
     owner: dict[int, str] = {}
     first, one = next(iter(students.items()))
     for name, student in students.items():

@@ -5,17 +5,25 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from threading import RLock
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from kdlit.losses.functional import widened
-from kdlit.models.features import FeatureTap
+from kdlit.models.features import FeatureTap, version
 from kdlit.models.folding import fold_batchnorm
 from kdlit.modules.networks import run_network
 from kdlit.modules.performance import Performance, compile_in_place
 from kdlit.types import Batch, ModelOutput
+
+_ONE_AT_A_TIME = RLock()  # threads may share a teacher
+_HOOKS = [
+    f"_forward_{when}hooks{which}"
+    for when in ("", "pre_")
+    for which in ("", "_with_kwargs", *(["_always_called"] if not when else []))
+]
 
 
 class FrozenTeacher:
@@ -23,7 +31,8 @@ class FrozenTeacher:
 
     Where ``performance`` asks for other weights (folded, in another layout or precision), they are made when first
     needed, made anew if those of the network change, and stand in their place during a pass and at no other time. So
-    the network stays what it is, and no optimizer, checkpoint or strategy sees them.
+    the network stays what it is, and no optimizer, checkpoint or strategy sees them. Weights written to through
+    ``.data`` are followed from the next epoch on.
 
     Args:
         network: the teacher; it is frozen and put into eval mode.
@@ -36,16 +45,17 @@ class FrozenTeacher:
     def __init__(
         self, network: nn.Module, layers: Iterable[str], performance: Performance, example: Tensor, has_own_input: bool
     ) -> None:
-        self.network = network.requires_grad_(False).eval()
+        self.network = freeze(network)
         self.layers = frozenset(layers)
         self.performance = performance
         self.example = example
         self.has_own_input = has_own_input
         self._tap = FeatureTap(network, self.layers)
-        self._weights = list(network.parameters())
         self._stand_ins: list[tuple[dict[str, Any], str, Any]] | None = None
         self._made_of: tuple[object, ...] = ()
+        self._content: list[float] = []
         self._device = example.device
+        self._list_parts()
 
     def __call__(self, batch: Batch, with_strong_view: bool) -> ModelOutput:
         """Return what the teacher gives for its form of a batch, without a graph.
@@ -97,15 +107,56 @@ class FrozenTeacher:
         return batch
 
     def prepare(self) -> None:
-        """Make the other weights now, from what the network holds now: a strategy may take it apart before a step.
+        """Make the other weights now, unless they are there: a strategy may take the network apart before a step.
 
         Raises:
-            ValueError: If the network cannot be copied.
+            ValueError: If the network cannot be copied, or not run in half precision.
         """
-        self._stand_ins = None
-        self._make_ready(next(iter(self._weights), self.example).device)
+        self.look_again()
+        if self._stand_ins is not None:
+            return
+        device = self._place()
+        self._make_ready(device)
+        dtype = getattr(torch, self.performance.teacher_dtype)
+        if dtype != torch.float32:
+            try:
+                with torch.no_grad(), self._in_place(device), torch.autocast(device.type, enabled=False):
+                    self.network(self.example.to(device, dtype))
+            except Exception as error:  # whatever a network does with its pictures
+                raise ValueError(
+                    f"the teacher ({type(self.network).__name__}) cannot run in {self.performance.teacher_dtype}: "
+                    f"{error}; set performance.teacher_dtype to float32"
+                ) from error
+
+    def compile(self) -> None:
+        """Have the network compiled at its next pass, if that is asked for."""
         if "teacher" in self.performance.compile:
             compile_in_place(self.network, self.performance.compile_mode)
+
+    def look_again(self) -> None:
+        """Make the other weights anew if the network was changed in a way that a step does not notice."""
+        self._list_parts()
+        if self._content != (content := self._read_content()):
+            self._stand_ins, self._content = None, content
+
+    def _list_parts(self) -> None:
+        """What is looked at in every step, listed beforehand, as that takes longer than to look."""
+        self._tensors = [*self.network.parameters(), *self.network.buffers()]
+        layers = list(self.network.modules())
+        self._hooks = [hooks for one in layers for hooks in (one._forward_hooks, one._forward_pre_hooks)]
+
+    def _read_content(self) -> list[float]:
+        """A few numbers that change whenever weights do, in whatever way."""
+        tensors = [one.detach() for one in self._tensors if one.is_floating_point() and one.numel()]
+        if not tensors:
+            return []
+        norms = [norm.float() for norm in torch._foreach_norm(tensors)]
+        flat = [one.flatten().float() for one in tensors]
+        orders = [one @ torch.linspace(1, 2, len(one), device=one.device) for one in flat]
+        return torch.stack([*norms, *orders]).nan_to_num(0.0).tolist()
+
+    def _place(self) -> torch.device:
+        return self._tensors[0].device if self._tensors else self.example.device
 
     def _for_the_compiler(self, device: torch.device) -> AbstractContextManager[Any]:
         """Tell it that weights are constants, so that it packs them and fuses layers, on a CPU a third faster."""
@@ -116,21 +167,26 @@ class FrozenTeacher:
     @contextmanager
     def _in_place(self, device: torch.device) -> Iterator[None]:
         """The network with other weights for a while, on the device of the pictures."""
-        stand_ins = self._make_ready(device)
-        own = [place[name] for place, name, _ in stand_ins]
-        for place, name, value in stand_ins:
-            place[name] = value
-        try:
-            yield
-        finally:
-            for (place, name, _), value in zip(stand_ins, own, strict=True):
+        with _ONE_AT_A_TIME:
+            stand_ins = self._make_ready(device)
+            own = [place[name] for place, name, _ in stand_ins]
+            for place, name, value in stand_ins:
                 place[name] = value
+            try:
+                yield
+            finally:
+                for (place, name, _), value in zip(stand_ins, own, strict=True):
+                    place[name] = value
 
     def _make_ready(self, device: torch.device) -> list[tuple[dict[str, Any], str, Any]]:
-        made_of = self._weights[0].dtype if self._weights else None, sum([weight._version for weight in self._weights])
+        made_of = (
+            self._tensors[0].dtype if self._tensors else None,
+            sum([version(one) for one in self._tensors]),
+            sum(map(len, self._hooks)),
+        )
         if self._stand_ins is None or made_of != self._made_of:
             self._stand_ins, self._made_of = self._make(), made_of
-            self._device = next(iter(self._weights), self.example).device
+            self._device = self._place()
         if device != self._device:
             self._stand_ins = [
                 (place, name, value.to(device) if isinstance(value, Tensor) else value)
@@ -144,6 +200,8 @@ class FrozenTeacher:
         options = self.performance
         if (options.fold_teacher, options.channels_last, options.teacher_dtype) == (False, False, "float32"):
             return []
+        if any(isinstance(layer, torch.jit.ScriptModule) for layer in self.network.modules()):
+            return []  # its weights cannot be exchanged, and it has been optimised already
         try:
             fold = options.fold_teacher
             twin = fold_batchnorm(self.network, self.example) if fold else copy.deepcopy(self.network)
@@ -159,12 +217,31 @@ class FrozenTeacher:
         stand_ins: list[tuple[dict[str, Any], str, Any]] = []
         for path, other in twin.named_modules(remove_duplicate=False):
             layer = layers[path]
-            if type(other) is not type(layer):
-                # Whoever looks at the layer, now or later, looks at what stands there.
-                other._forward_hooks, other._forward_pre_hooks = layer._forward_hooks, layer._forward_pre_hooks
+            if isinstance(other, nn.Identity) and not isinstance(layer, nn.Identity):
+                for hooks in _HOOKS:  # whoever looks at the layer, now or later, looks at what stands there
+                    setattr(other, hooks, getattr(layer, hooks))
                 parent, _, name = path.rpartition(".")
                 stand_ins.append((layers[parent]._modules, name, other))
             else:
                 for mine, theirs in ((layer._parameters, other._parameters), (layer._buffers, other._buffers)):
-                    stand_ins += [(mine, name, value) for name, value in theirs.items()]
+                    stand_ins += [
+                        (mine, name, value)
+                        for name, value in theirs.items()
+                        if _differ(mine[name], value, look_at_values=mine is layer._parameters)
+                    ]
         return stand_ins
+
+
+def freeze(network: nn.Module) -> nn.Module:
+    """Put a network into eval mode for good, without gradients."""
+    for parameter in network.parameters():
+        parameter.requires_grad_(False)
+    return network.eval()
+
+
+def _differ(one: Tensor | None, other: Tensor | None, look_at_values: bool) -> bool:
+    """Whether a tensor must take another's place; buffers that are a network's own affair are left to it."""
+    if one is None or other is None:
+        return one is not other
+    same = one.dtype == other.dtype and one.stride() == other.stride()
+    return not same or (look_at_values and not torch.equal(one, other))

@@ -358,6 +358,9 @@ class Doubled(TinyNet):
 
     __qualname__ = "TinyNet"
 
+    def _get_name(self):
+        return "TinyNet"
+
     def forward(self, image):
         return 2 * super().forward(image)
 
@@ -380,6 +383,12 @@ def hidden_teacher():
     return module
 
 
+def other_eps():
+    module = distil()
+    module.teacher.bn.eps = 1e-4
+    return module
+
+
 def hidden(step=0):
     return TinyData(transforms=[Hidden(step)])
 
@@ -390,6 +399,7 @@ def hidden(step=0):
         ({}, {"module": another_teacher}, r"stale: teacher: weights \w{12} in the cache, \w{12} now\. Delete .*c to"),
         ({}, {"module": another_class}, "stale: teacher: class 'TinyNet' in the cache, 'BigNet' now"),
         ({}, {"module": hidden_teacher}, "stale: teacher: the same weights give other logits"),
+        ({}, {"module": other_eps}, r"stale: teacher: layers \w{12} in the cache, \w{12} now"),
         ({}, {"data": lambda: Other()}, r"stale: data: fingerprint \w{12} in the cache, \w{12} now\. Delete"),
         ({}, {"data": lambda: Turned()}, "stale: data: fingerprint"),
         ({}, {"data": lambda: TinyData(subset=0.5)}, "stale: data: pictures 64 in the cache, 32 now; data: fingerprint"),
@@ -401,8 +411,8 @@ def hidden(step=0):
         ({}, {"data": lambda: TinyData(transforms=[v2.RandomHorizontalFlip(0.3)])}, r"stale: transform: transforms .*p=0\.3"),
         ({}, {"data": lambda: TinyData(teacher_input=NetworkInput((0.4,) * 3, (0.25,) * 3))}, "stale: transform: input mean"),
         ({"data": hidden}, {"data": lambda: hidden(1)}, "stale: transform: the same settings give other pictures"),
-        ({}, {"cache": {"epochs": 3}}, r"stale: epochs: epochs 2 in the cache, 3 now\. Delete"),
-        ({}, {"cache": {"epochs": 0}}, r"stale: epochs: epochs 2 in the cache, 0 now\. Delete"),
+        ({}, {"cache": {"epochs": 3}}, r"stale: epochs 2 in the cache, 3 now\. Delete"),
+        ({}, {"cache": {"epochs": 0}}, r"stale: epochs 2 in the cache, 0 now\. Delete"),
         ({}, {"cache": {"dtype": "float32"}}, "stale: format: dtype 'float16' in the cache, 'float32' now"),
         ({}, {"cache": {"top_k": 2}}, "stale: format: top_k None in the cache, 2 now"),
         ({}, {"module": another_teacher, "data": lambda: TinyPlain()}, "stale: teacher: weights .*; transform: padding"),

@@ -181,7 +181,7 @@ def test_what_is_no_cache_is_left_alone(tmp_path):
 
 def test_too_little_room_is_said_before_anything_is_written(tmp_path, monkeypatch):
     monkeypatch.setattr(teacher_logits.shutil, "disk_usage", lambda _: namedtuple("Usage", "free")(10**9))
-    with pytest.raises(OSError, match=r"takes 2\.56 GB, but .* has room for 1\.00"):
+    with pytest.raises(OSError, match=r"takes 2,562\.3 MB, but .* has room for 1,000\.0"):
         create(tmp_path / "c", {}, LogitFormat(1_281_167, 1000), 0)
     assert not list(tmp_path.iterdir())
 
@@ -223,6 +223,11 @@ def _garbage(path):
         ("teacher_cache.json", _cut, "teacher_cache.json is damaged"),
         ("teacher_cache.json", lambda path: path.write_bytes(b"\xff\xfe"), "teacher_cache.json is damaged"),
         ("teacher_cache.json", lambda path: path.write_text("[]"), "teacher_cache.json is damaged"),
+        (
+            "teacher_cache.json",
+            lambda path: (path.unlink(), path.mkdir()),
+            "teacher_cache.json is damaged: Is a directory",
+        ),
     ],
 )
 def test_a_damaged_file_is_named(tmp_path, name, harm, message):
