@@ -36,7 +36,9 @@ class DistillationModule(L.LightningModule):
     bucket and no checkpoint; on resume its weights come from where they came from before. Without a teacher the module
     trains the student plainly, which is how teachers are made.
 
-    A task is a subclass that adds metrics and the validation, test and predict steps.
+    A task is a subclass that adds the validation, test and predict steps. What these give to ``means[stage].add`` is
+    averaged over the epoch and logged when it ends, by ``on_train_epoch_end``, ``on_validation_epoch_end`` and
+    ``on_test_epoch_end``: whoever overrides one calls ``super()``.
 
     Args:
         student: network to train; its forward takes pictures and returns logits.
@@ -221,7 +223,7 @@ class DistillationModule(L.LightningModule):
     def watch(self, student: ModelOutput, batch: Batch) -> dict[str, Tensor]:
         """What else to log about a training batch, by name: means over it, scalars, or values of each sample, ``(B,)``.
 
-        Here, nothing.
+        Without a graph. Here, nothing.
 
         Args:
             student: what the student gave, without a graph.
