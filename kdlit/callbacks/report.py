@@ -17,7 +17,7 @@ from kdlit.modules import DistillationModule, ManyStudents
 
 
 class Progress(RichProgressBar):
-    """The progress bar of Lightning, told of steps ten times a second and of the last one: drawing costs time."""
+    """The progress bar of Lightning, told of steps twice a second and of the last one: drawing costs time."""
 
     _told = 0.0
 
@@ -25,7 +25,7 @@ class Progress(RichProgressBar):
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Move on, if it is time."""
-        if time.monotonic() - self._told > 0.1 or batch_idx + 1 == trainer.num_training_batches:
+        if time.monotonic() - self._told > 0.5 or batch_idx + 1 == trainer.num_training_batches:
             self._told = time.monotonic()
             super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
 
