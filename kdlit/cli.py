@@ -24,7 +24,8 @@ from kdlit.callbacks import PredictionTable, Progress, RandomState, StudentExpor
 from kdlit.files import WholeCheckpointIO, write_whole
 from kdlit.loggers import RunLogger
 from kdlit.modules import DistillationModule
-from kdlit.students import LearningRates, Student, Students, check_callbacks, own_figures, read_students
+from kdlit.modules.many_students import own_values
+from kdlit.students import LearningRates, Student, Students, check_callbacks, read_students
 
 # Warnings of the libraries beneath that tell a user of the command line nothing to act on.
 _NOISE = (
@@ -298,7 +299,7 @@ class KdlitCLI(LightningCLI):
         checkpoint = self.config[self.subcommand].ckpt_path
         epochs = torch.load(checkpoint, weights_only=True, mmap=True)["epoch"] + 1 if checkpoint else None
         names = self.students.names if self.students else []
-        for folder, own in [("", figures), *((name, own_figures(figures, name)) for name in names)]:
+        for folder, own in [("", figures), *((name, own_values(figures, name)) for name in names)]:
             path = Path(self.run_dir) / folder / f"{self.subcommand}.json"
             _write_text(path, f"{json.dumps({'checkpoint': checkpoint, 'epochs': epochs, **own}, indent=2)}\n")
             print(f"Figures: {path}")

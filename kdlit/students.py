@@ -35,6 +35,7 @@ from torch import Tensor
 from kdlit.callbacks import RandomState
 from kdlit.config_errors import config_files, users_mistake
 from kdlit.modules import ManyStudents
+from kdlit.modules.many_students import own_values
 from kdlit.modules.streams import RandomStream
 
 _OF_THE_RUN = ("config", "run_dir", "ckpt_path", "students", "print_config", "help", "seed_everything")
@@ -267,7 +268,7 @@ class StudentCheckpoint(ModelCheckpoint):
 
     def _monitor_candidates(self, trainer: L.Trainer) -> dict[str, Tensor]:
         candidates = super()._monitor_candidates(trainer)
-        return {name: value for name, value in candidates.items() if "/" not in name} | own_figures(
+        return {name: value for name, value in candidates.items() if "/" not in name} | own_values(
             candidates, self.student
         )
 
@@ -306,8 +307,7 @@ def _checkpoint_of(student: str, whole: Mapping[str, Any], trainer: L.Trainer) -
         checkpoint[precision] = whole[precision][student]
     states_of = whole["callbacks"]
     callbacks = {key: states_of[key] for key in states_of if not key.startswith(tuple(f"{n}/" for n in group.names))}
-    prefix = f"{student}/"  # what is the student's own goes before what is the group's
-    callbacks |= {key.removeprefix(prefix): states_of[key] for key in states_of if key.startswith(prefix)}
+    callbacks |= own_values(states_of, student)  # what is the student's own goes before what is the group's
     for key, state in callbacks.items():
         if isinstance(state, dict) and "students" in state:
             callbacks[key] = state["students"].get(student)
@@ -363,12 +363,6 @@ def check_callbacks(callbacks: Any, names: Sequence[str]) -> None:
                 f"trainer.callbacks: {type(callback).__name__} watches {monitor}, but figures have the student's name "
                 f"in front, as {names[0]}/{monitor}; what it does it does to all students"
             )
-
-
-def own_figures(figures: Mapping[str, Any], student: str) -> dict[str, Any]:
-    """Those of one student, under the names that they have in its separate run."""
-    prefix = f"{student}/"
-    return {name.removeprefix(prefix): value for name, value in figures.items() if name.startswith(prefix)}
 
 
 def _only(arguments: Sequence[str], *options: str) -> list[str]:

@@ -16,6 +16,7 @@ from torch import nn
 
 from kdlit.files import write_whole
 from kdlit.modules import DistillationModule, ManyStudents, MutualLearning
+from kdlit.modules.many_students import own_values
 
 
 class StudentExport(L.Callback):
@@ -42,7 +43,7 @@ class StudentExport(L.Callback):
         figures = {name: float(value) for name, value in trainer.callback_metrics.items()}
         if isinstance(pl_module, ManyStudents):
             for name in pl_module.going:
-                own = {key.removeprefix(f"{name}/"): figures[key] for key in figures if key.startswith(f"{name}/")}
+                own = own_values(figures, name)
                 self._write(self.path.parent / name / self.path.name, trainer, pl_module.students[name], own)
         elif isinstance(pl_module, DistillationModule):
             self._write(self.path, trainer, pl_module, figures)

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import random
 from typing import Any
 
 import lightning as L
-import numpy as np
 import torch
+
+from kdlit.modules.streams import as_plain, from_plain, read_generators, set_generators
 
 
 class RandomState(L.Callback):
@@ -22,13 +22,8 @@ class RandomState(L.Callback):
 
     def state_dict(self) -> dict[str, Any]:
         """What the generators are at now."""
-        name, keys, *rest = np.random.get_state()
-        return {
-            "torch": torch.get_rng_state(),
-            "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
-            "numpy": (name, torch.from_numpy(np.asarray(keys).astype(np.int64)), *rest),
-            "python": random.getstate(),
-        }
+        cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+        return {**as_plain(read_generators()), "cuda": cuda}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Remember it until training starts."""
@@ -39,10 +34,6 @@ class RandomState(L.Callback):
         if not self._saved:
             return
         saved, self._saved = self._saved, {}
-        torch.set_rng_state(saved["torch"].cpu())
+        set_generators(from_plain(saved))
         if len(saved["cuda"]) == torch.cuda.device_count():
             torch.cuda.set_rng_state_all([state.cpu() for state in saved["cuda"]])
-        name, keys, *rest = saved["numpy"]
-        np.random.set_state((name, keys.numpy().astype(np.uint32), *rest))
-        version, state, gauss = saved["python"]
-        random.setstate((version, tuple(state), gauss))

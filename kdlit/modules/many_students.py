@@ -27,8 +27,12 @@ from kdlit.types import Batch, ModelOutput
 # What decides over a step of all students at once, so that one of them cannot have it its own way.
 _NOT_FOR_ONE = ("optimizer_step", "optimizer_zero_grad", "backward", "configure_model")
 _SEEN_BY_TEACHER = (
-    *("image", "image_strong", "image_teacher", "image_teacher_strong"),
-    *("teacher_logits", "teacher_logits_strong"),
+    "image",
+    "image_strong",
+    "image_teacher",
+    "image_teacher_strong",
+    "teacher_logits",
+    "teacher_logits_strong",
 )
 
 
@@ -410,6 +414,12 @@ class _ShareOfTeacher:
     def look_again(self) -> None:
         """See whether the network was changed."""
         self.shared.frozen.look_again()
+
+
+def own_values(values: Mapping[str, Any], student: str) -> dict[str, Any]:
+    """Those of one student, under the names that they have in its separate run."""
+    prefix = f"{student}/"
+    return {name.removeprefix(prefix): value for name, value in values.items() if name.startswith(prefix)}
 
 
 def _key(name: str) -> str:

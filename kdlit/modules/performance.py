@@ -19,7 +19,7 @@ from kdlit.losses.functional import check_one_of
 Part = Literal["student", "teacher", "losses"]
 Preset = Literal["plain", "exact", "fast"]
 
-_TRIM_ABOVE, _MAP_ABOVE, _MAPPED = -1, -3, -4  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD and M_MMAP_MAX of malloc.h
+_TRIM_ABOVE, _MAPPED = -1, -4  # M_TRIM_THRESHOLD and M_MMAP_MAX of malloc.h
 
 # Exact types: what a subclass does with its groups is unknown.
 _FUSIBLE = (torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW)
@@ -108,16 +108,15 @@ def chosen(performance: Performance | Preset) -> Performance:
     return _PRESETS[performance]
 
 
-def keep_freed_memory(keep: bool = True) -> None:
-    """Tell the allocator of this process to keep what is freed, or to do as it does by itself after a few steps.
+def keep_freed_memory() -> None:
+    """Tell the allocator of this process to keep what is freed.
 
     By itself it gives blocks of 32 MiB and more back to the system at once, and the next ones come as pages that must
     be filled with zeros first: half the time of a step whose features are that large.
     """
-    settings = {_TRIM_ABOVE: -1, _MAPPED: 0} if keep else {_MAP_ABOVE: 2**25, _TRIM_ABOVE: 2**26, _MAPPED: 2**16}
     with contextlib.suppress(OSError, AttributeError):  # of a system without glibc
-        for number, value in settings.items():
-            ctypes.CDLL(None).mallopt(number, value)
+        ctypes.CDLL(None).mallopt(_TRIM_ABOVE, -1)
+        ctypes.CDLL(None).mallopt(_MAPPED, 0)
 
 
 def warn_if_slower(dtype: torch.dtype) -> None:

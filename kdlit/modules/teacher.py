@@ -19,11 +19,13 @@ from kdlit.modules.performance import Performance, compile_in_place
 from kdlit.types import Batch, ModelOutput
 
 _ONE_AT_A_TIME = RLock()  # threads may share a teacher
-_HOOKS = [
-    f"_forward_{when}hooks{which}"
-    for when in ("", "pre_")
-    for which in ("", "_with_kwargs", *(["_always_called"] if not when else []))
-]
+_HOOKS = (
+    "_forward_hooks",
+    "_forward_hooks_with_kwargs",
+    "_forward_hooks_always_called",
+    "_forward_pre_hooks",
+    "_forward_pre_hooks_with_kwargs",
+)
 
 
 class FrozenTeacher:
