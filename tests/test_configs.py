@@ -229,7 +229,7 @@ def test_quickstart_configs_build(kdlit_cli):
 
 def test_one_line_adds_the_dashboard(kdlit_cli):
     config = resolved(kdlit_cli, "--config", CONFIGS / "quickstart.yaml", "--config", CONFIGS / "wandb.yaml")
-    assert config["trainer"]["logger"]["class_path"] == "lightning.pytorch.loggers.WandbLogger"
+    assert config["trainer"]["logger"]["class_path"] == "kdlit.dashboards.PatientWandbLogger"
     assert config["trainer"]["logger"]["init_args"]["offline"] is True
     assert config["trainer"]["max_epochs"] == 200
 
