@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from torch import Tensor, nn
 
 from kdlit.losses.functional import check_not_negative
+from kdlit.losses.gathering import gathered, process_count
 from kdlit.types import Batch, ModelOutput
 
 
@@ -25,6 +26,10 @@ class DistillationLoss(nn.Module):
             ``batch["image_strong"]``.
         reads_sample_weight: whether the loss multiplies each sample's term by ``batch["sample_weight"]`` where there is
             one.
+        reads_image: whether the loss reads pictures from the batch; those of other processes come only to such losses.
+        across_batch: whether the loss is no mean over samples: others of the batch have a say in each sample's term,
+            be it by the formula, by a memory or by a batch norm in a connector. Several processes give what one with
+            the whole batch gives only with ``WeightedLoss(..., gather=True)``.
     """
 
     student_layers: Sequence[str] = ()
@@ -32,6 +37,8 @@ class DistillationLoss(nn.Module):
     needs_teacher: bool = True
     needs_strong_view: bool = False
     reads_sample_weight: bool = False
+    reads_image: bool = False
+    across_batch: bool = False
 
     def extend_student(
         self, student: nn.Module, teacher: nn.Module | None, example: Tensor, teacher_example: Tensor | None = None
@@ -101,6 +108,8 @@ class LossWrapper(DistillationLoss):
         self.needs_teacher = loss.needs_teacher
         self.needs_strong_view = loss.needs_strong_view
         self.reads_sample_weight = loss.reads_sample_weight
+        self.reads_image = loss.reads_image
+        self.across_batch = loss.across_batch
 
     @property
     def student_layers(self) -> Sequence[str]:  # type: ignore[override]
@@ -194,17 +203,25 @@ class WeightedLoss(LossWrapper):
         weight: factor of the term in the objective, >= 0; 0 switches the term off but keeps logging it.
         warmup_epochs: epochs over which the factor rises linearly to ``weight``; 0 for none, 20 in DKD (Zhao et al.
             2022, appendix A.2).
+        gather: where several processes train, give the loss the outputs and batches of all of them. A loss that looks
+            across the batch (``across_batch``) then has the value and the gradients of one process with the whole
+            batch, batch norms in its connectors included, as long as all processes draw the same random numbers; each
+            computes the loss of the whole batch. Without it such a loss sees its own process's share; other losses are
+            the same either way. Batch norms of the student are up to the trainer's ``sync_batchnorm``.
 
     Raises:
         ValueError: If the weight is negative or ``warmup_epochs`` is not a whole number of at least 0.
     """
 
-    def __init__(self, loss: DistillationLoss, weight: float = 1.0, warmup_epochs: int = 0) -> None:
+    def __init__(
+        self, loss: DistillationLoss, weight: float = 1.0, warmup_epochs: int = 0, gather: bool = False
+    ) -> None:
         super().__init__(loss)
         if warmup_epochs != int(check_not_negative("warmup_epochs", warmup_epochs)):
             raise ValueError(f"warmup_epochs must be a whole number, got {warmup_epochs!r}")
         self.weight = check_not_negative("weight", weight)
         self.warmup_epochs = warmup_epochs
+        self.gather = gather
         self.warmup = self._warmup(epoch=0)
 
     def _warmup(self, epoch: int) -> float:
@@ -215,6 +232,21 @@ class WeightedLoss(LossWrapper):
         """What the raw loss is multiplied by in this epoch."""
         return self.weight * self.warmup
 
+    def inputs(
+        self, student: ModelOutput, teacher: ModelOutput, batch: Batch
+    ) -> tuple[ModelOutput, ModelOutput, Batch]:
+        """With ``gather`` those of all processes, as far as the loss reads them; otherwise the same."""
+        if not self.gather or process_count() == 1:
+            return student, teacher, batch
+        return gathered(
+            student,
+            teacher if self.needs_teacher else None,
+            batch,
+            student_layers=self.student_layers,
+            teacher_layers=self.teacher_layers,
+            pictures=self.reads_image,
+        )
+
     def on_train_epoch_start(self, epoch: int, max_epochs: int) -> None:
         """Move the warm-up on, then the wrapped loss."""
         self.warmup = self._warmup(epoch)
@@ -223,3 +255,15 @@ class WeightedLoss(LossWrapper):
     def forward(self, student: ModelOutput, teacher: ModelOutput, batch: Batch) -> Tensor:
         """Return the weighted loss of one batch."""
         return self.factor * super().forward(student, teacher, batch)
+
+    def on_train_batch_end(self, student: ModelOutput, teacher: ModelOutput, batch: Batch) -> None:
+        """Tell the wrapped loss, unless it does not listen: then nothing is put together for it."""
+        if not self.gather or _listens(self.loss):
+            super().on_train_batch_end(student, teacher, batch)
+
+
+def _listens(loss: DistillationLoss) -> bool:
+    hook = type(loss).on_train_batch_end
+    if isinstance(loss, LossWrapper) and hook is LossWrapper.on_train_batch_end:
+        return _listens(loss.loss)
+    return hook is not DistillationLoss.on_train_batch_end

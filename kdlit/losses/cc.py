@@ -37,6 +37,8 @@ class CCLoss(FeatureLoss):
         ValueError: If ``feat_dim`` is not positive, or, in a step, if the batch has one sample.
     """
 
+    across_batch = True
+
     def __init__(
         self,
         student_layers: Sequence[str] | str | None = None,

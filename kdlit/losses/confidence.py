@@ -15,6 +15,7 @@ from torch import Tensor
 
 from kdlit.losses.base import DistillationLoss, SampleWeighting
 from kdlit.losses.functional import check_one_of, check_positive
+from kdlit.losses.gathering import of_all_processes
 from kdlit.types import Batch, ModelOutput
 
 
@@ -43,6 +44,7 @@ class ConfidenceSelection(SampleWeighting):
         num_samples: int = 50000,
     ) -> None:
         super().__init__(loss)
+        self.across_batch = True
         if not check_positive("share", share) <= 1:
             raise ValueError(f"share must lie in (0, 1], got {share!r}")
         check_one_of("keep", keep, ("most", "least"))
@@ -60,14 +62,15 @@ class ConfidenceSelection(SampleWeighting):
         return inside.to(confidence.dtype)
 
     def on_train_batch_end(self, student: ModelOutput, teacher: ModelOutput, batch: Batch) -> None:
-        """Remember the teacher's probabilities of this batch, then tell the wrapped loss."""
+        """Remember the teacher's probabilities of this batch, of all processes, and tell the wrapped loss."""
         if "index" not in batch:
             raise ValueError("ConfidenceSelection needs index, the positions of the samples, but the batch has none")
         index = batch["index"]
         if (last := int(index.max())) >= len(self.confidence):
             raise ValueError(f"num_samples must be above every index, got {len(self.confidence)} and {last}")
         super().on_train_batch_end(student, teacher, batch)
-        self.confidence[index] = _target_probability(teacher, batch).to(self.confidence.dtype)
+        index, confidence = of_all_processes(index, _target_probability(teacher, batch))
+        self.confidence[index] = confidence.to(self.confidence.dtype)
 
 
 def _target_probability(teacher: ModelOutput, batch: Batch) -> Tensor:

@@ -14,7 +14,9 @@ Nothing of shape ``(B, K + 1, D)`` is ever held: scores are taken piece by piece
 
 Several processes (DDP) each draw negatives for their own batch. Before the memory moves, the embeddings of all are put
 together, so that all memories stay equal, and equal to that of one process that had seen the whole batch. The
-normalisers are then those of the whole first batch; during that first step each process uses its own batch's.
+normalisers are then those of the whole first batch; during that first step each process uses its own batch's. With
+``WeightedLoss(..., gather=True)`` each process embeds and scores the whole batch: the first step is exact, too, and the
+same embeddings, put together once more, move the memories to the same place.
 """
 
 from __future__ import annotations
@@ -24,13 +26,13 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from kdlit.losses.feature import FeatureLoss, Shape
 from kdlit.losses.functional import _values_are_cheap, check_one_of, check_positive, full_precision
+from kdlit.losses.gathering import of_all_processes
 from kdlit.losses.last_layer import single_layer, unit
 from kdlit.models.layers import FeatureLayers
 from kdlit.types import Batch, ModelOutput
@@ -183,6 +185,7 @@ class CRDLoss(FeatureLoss):
     _by_class: Tensor
     _class_start: Tensor
     _class_size: Tensor
+    across_batch = True
 
     def __init__(
         self,
@@ -319,7 +322,10 @@ class CRDLoss(FeatureLoss):
         """Move the memories towards the embeddings that :meth:`forward` computed, those of all processes."""
         if self._seen is None:
             return
-        (index, f, g, log_z), self._seen = _of_all_processes(*self._seen), None
+        (index, f, g, log_z), self._seen = self._seen, None
+        index, f, g, log_z = of_all_processes(index, f, g, log_z.expand(len(index), -1))
+        largest = log_z.amax(dim=0)
+        log_z = largest + (log_z - largest).exp().mean(dim=0).log()  # that of the whole batch
         last = _last_of_each(index)  # where a picture is there twice, both write the same: their order is no matter
         for memory, embedding in ((self.memory_student, f), (self.memory_teacher, g)):
             mixed = self.momentum * memory[index] + (1 - self.momentum) * embedding[last].to(memory)
@@ -332,31 +338,3 @@ def _last_of_each(index: Tensor) -> Tensor:
     """For each place, the last place that holds the same number."""
     order = index.argsort(stable=True)
     return order[torch.searchsorted(index[order], index, right=True) - 1]
-
-
-def _of_all_processes(index: Tensor, f: Tensor, g: Tensor, log_z: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Put together what all processes saw, in the order of their ranks; batches may differ in size.
-
-    The normaliser is the mean of theirs, weighted by the sizes: that of the whole batch.
-    """
-    if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
-        return index, f, g, log_z
-    sizes = [int(size) for size in _gather(torch.tensor([len(index)], device=index.device))]
-    largest = max(sizes)
-    whole = [
-        torch.cat([part[:size] for part, size in zip(_gather(_padded(one, largest)), sizes, strict=True)])
-        for one in (index, f, g)
-    ]
-    share = torch.tensor(sizes, device=log_z.device, dtype=log_z.dtype)[:, None] / sum(sizes)
-    mean = (torch.stack(_gather(log_z)) + share.log()).logsumexp(dim=0)
-    return whole[0], whole[1], whole[2], mean
-
-
-def _gather(one: Tensor) -> list[Tensor]:
-    parts = [torch.empty_like(one) for _ in range(dist.get_world_size())]
-    dist.all_gather(parts, one.contiguous())
-    return parts
-
-
-def _padded(one: Tensor, size: int) -> Tensor:
-    return torch.cat([one, one.new_zeros(size - len(one), *one.shape[1:])])

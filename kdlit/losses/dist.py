@@ -80,6 +80,8 @@ class DISTLoss(DistillationLoss):
         ValueError: If a weight is negative or the temperature is not positive.
     """
 
+    across_batch = True
+
     def __init__(self, beta: float = 2.0, gamma: float = 2.0, temperature: float = 4.0) -> None:
         super().__init__()
         self.beta = check_not_negative("beta", beta)

@@ -21,6 +21,7 @@ from kdlit.losses.functional import (
     full_precision,
     target_mask,
 )
+from kdlit.losses.gathering import of_all_processes
 from kdlit.types import Batch, ModelOutput
 
 
@@ -69,6 +70,7 @@ class AutoBetaDKDLoss(DistillationLoss):
     gap: Tensor
     batches: Tensor
     reads_sample_weight = True
+    across_batch = True
 
     def __init__(
         self,
@@ -105,6 +107,7 @@ class AutoBetaDKDLoss(DistillationLoss):
         )
 
     def on_train_batch_end(self, student: ModelOutput, teacher: ModelOutput, batch: Batch) -> None:
-        """Move the average of the gap on."""
+        """Move the average of the gap on, with the samples of all processes."""
         self.batches += 1
-        self.gap += (logit_gap(teacher.logits, batch["target"]).mean() - self.gap) / self.batches
+        (gap,) = of_all_processes(logit_gap(teacher.logits, batch["target"]))
+        self.gap += (gap.mean() - self.gap) / self.batches

@@ -39,6 +39,8 @@ class FitNetLoss(FeatureLoss):
             twice its size.
     """
 
+    across_batch = True
+
     def __init__(
         self,
         student_layers: Sequence[str] | str | None = None,

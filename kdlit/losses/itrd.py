@@ -109,6 +109,8 @@ class ITRDLoss(FeatureLoss):
         ValueError: If a number is out of its range, or, at :meth:`setup`, if a layer gives another shape.
     """
 
+    across_batch = True
+
     def __init__(
         self,
         student_layers: Sequence[str] | str | None = None,

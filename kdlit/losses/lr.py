@@ -131,6 +131,8 @@ class LRLoss(DistillationLoss):
         ValueError: If a weight is negative or ``eta`` is not in [0, 1].
     """
 
+    across_batch = True
+
     def __init__(self, lambda1: float = 4.0, lambda2: float = 1.0, eta: float = 0.8) -> None:
         super().__init__()
         self.lambda1 = check_not_negative("lambda1", lambda1)
@@ -151,6 +153,8 @@ class LRLoss(DistillationLoss):
 
 class TeacherRightCrossEntropyLoss(DistillationLoss):
     """The label term that goes with :class:`LRLoss`: see :func:`teacher_right_cross_entropy_loss`."""
+
+    across_batch = True
 
     def forward(self, student: ModelOutput, teacher: ModelOutput, batch: Batch) -> Tensor:
         """Scalar loss of one batch."""

@@ -297,6 +297,7 @@ class MLKDLoss(DistillationLoss):
     """
 
     reads_sample_weight = True
+    across_batch = True
 
     def __init__(
         self, temperatures: Sequence[float] = (2.0, 3.0, 4.0, 5.0, 6.0), levels: Sequence[Level] = LEVELS
@@ -329,6 +330,7 @@ class MLKDSingleViewLoss(DistillationLoss):
     """
 
     reads_sample_weight = True
+    across_batch = True
 
     def __init__(self, temperature: float = 4.0, standardize: bool = False, levels: Sequence[Level] = LEVELS) -> None:
         super().__init__()
@@ -364,6 +366,7 @@ class MLKDTwoViewLoss(DistillationLoss):
 
     needs_strong_view = True
     reads_sample_weight = True
+    across_batch = True
 
     def __init__(self, temperature: float = 4.0, standardize: bool = False, levels: Sequence[Level] = LEVELS) -> None:
         super().__init__()

@@ -129,6 +129,8 @@ class OFDLoss(DeepestLayersLoss):
             look, a layer gives no map or has no batch norm.
     """
 
+    across_batch = True
+
     def __init__(
         self,
         student_layers: Sequence[str] | str | None = None,

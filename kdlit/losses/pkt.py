@@ -73,6 +73,8 @@ class PKTLoss(FeatureLoss):
         ValueError: If ``eps`` is not positive.
     """
 
+    across_batch = True
+
     def __init__(
         self,
         student_layers: Sequence[str] | str | None = None,

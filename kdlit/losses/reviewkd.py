@@ -132,6 +132,8 @@ class ReviewKDLoss(DeepestLayersLoss):
             a layer gives neither a map nor a pooled feature; in training, if a batch holds one picture.
     """
 
+    across_batch = True
+
     def __init__(
         self,
         student_layers: Sequence[str] | str | None = None,

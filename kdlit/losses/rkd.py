@@ -153,6 +153,8 @@ class RKDLoss(FeatureLoss):
         ValueError: If a number is out of its range, or, in a step, if the batch has one sample.
     """
 
+    across_batch = True
+
     def __init__(
         self,
         student_layers: Sequence[str] | str | None = None,

@@ -56,6 +56,8 @@ class SPLoss(FeatureLoss):
     Layers may give features of any shape; by default the last map is compared.
     """
 
+    across_batch = True
+
     def default_layers(self, layers: FeatureLayers) -> Sequence[str]:
         """The last map."""
         return layers.maps[-1:]

@@ -80,6 +80,8 @@ class SRRLLoss(FeatureLoss):
             does not fit its layer.
     """
 
+    across_batch = True
+
     def __init__(
         self,
         student_layers: Sequence[str] | str | None = None,
