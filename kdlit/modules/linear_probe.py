@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from kdlit.losses import CrossEntropyLoss
 from kdlit.models.features import FeatureTap, feature_shapes
 from kdlit.modules.classification import ClassificationDistillation
+from kdlit.modules.finite import NonFinite
 from kdlit.modules.performance import Performance, Preset
 
 
@@ -94,6 +95,8 @@ class LinearProbe(ClassificationDistillation):
         optimizer: makes the optimizer from the parameters of the linear layer.
         lr_scheduler: makes the learning-rate schedule from the optimizer, stepped once an epoch.
         input_size: size of one picture, ``(C, H, W)``.
+        performance: how a step is computed, as in :class:`~kdlit.modules.DistillationModule`.
+        non_finite: what to do if logits or the loss are not finite, as there.
 
     Raises:
         ValueError: If the layer does not exist or gives no feature, or the network cannot take such pictures.
@@ -110,6 +113,7 @@ class LinearProbe(ClassificationDistillation):
         lr_scheduler: LRSchedulerCallable | None = None,
         input_size: Sequence[int] = (3, 32, 32),
         performance: Performance | Preset = "exact",
+        non_finite: NonFinite = "stop",
     ) -> None:
         super().__init__(
             FrozenFeatures(backbone, layer, num_classes, input_size),
@@ -118,4 +122,5 @@ class LinearProbe(ClassificationDistillation):
             lr_scheduler=lr_scheduler,
             input_size=input_size,
             performance=performance,
+            non_finite=non_finite,
         )

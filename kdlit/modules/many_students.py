@@ -20,6 +20,7 @@ from lightning.pytorch.utilities.types import LRSchedulerConfig, OptimizerLRSche
 from torch import Tensor
 
 from kdlit.modules.base import DistillationModule, as_batch
+from kdlit.modules.finite import NonFiniteError
 from kdlit.modules.streams import RandomStream
 from kdlit.modules.teacher import FrozenTeacher
 from kdlit.types import Batch, ModelOutput
@@ -42,9 +43,9 @@ class ManyStudents(L.LightningModule):
     A student is a whole module with losses, optimizer, schedule and precision of its own. What each of them reaches is
     what it reaches in a run of its own, bit for bit on the same machine: its gradients are clipped by their own norm, a
     loss that is not finite harms no other student, and each draws from a random stream of its own. A student whose run
-    would end because it has diverged is dropped, and the others go on. The teacher runs
-    once a batch, with the layers that any of them reads; where one reads what a convolution gives to its batch norm,
-    this batch norm is not folded, and the others see the teacher up to rounding only.
+    would end because it has diverged is dropped, and the others go on; one with ``non_finite=skip`` skips batches by
+    itself. The teacher runs once a batch, with the layers that any of them reads; where one reads what a convolution
+    gives to its batch norm, this batch norm is not folded, and the others see the teacher up to rounding only.
 
     All passes of a step are held until its backward pass, so memory grows with the number of students.
 
@@ -117,8 +118,11 @@ class ManyStudents(L.LightningModule):
 
     # Steps
 
-    def training_step(self, batch: Any, batch_idx: int) -> dict[str, Any]:
-        """Let every student take its step; the sum of their objectives gives each the gradient of its own."""
+    def training_step(self, batch: Any, batch_idx: int) -> dict[str, Any] | None:
+        """Let every student take its step; the sum of their objectives gives each the gradient of its own.
+
+        None if all of them skip the batch.
+        """
         losses, outputs = [], {}
         for name, output in self._each("training_step", as_batch(batch), batch_idx):
             output = {"loss": output} if isinstance(output, Tensor) else output or {}
@@ -126,7 +130,7 @@ class ManyStudents(L.LightningModule):
                 losses.append(output["loss"] if self.scalers is None else self.scalers.of[name].scale(output["loss"]))
                 output = {**output, "loss": output["loss"].detach()}
             outputs[name] = output
-        return {"loss": sum(losses), "students": outputs}
+        return {"loss": sum(losses), "students": outputs} if losses else None
 
     def validation_step(self, batch: Any, batch_idx: int) -> dict[str, Any]:
         """Measure every student on validation pictures."""
@@ -150,7 +154,7 @@ class ManyStudents(L.LightningModule):
                 with self.turn(name) as student:
                     output = getattr(student, step)({**batch}, batch_idx)
             except Exception as error:  # what is no number makes losses and solvers fail in many ways
-                if step != "training_step" or not self._may_drop(name, batch):
+                if step != "training_step" or not self._may_drop(name, error, batch):
                     raise
                 self._drop(name, str(error))
                 continue
@@ -160,10 +164,12 @@ class ManyStudents(L.LightningModule):
                 )
             yield name, output
 
-    def _may_drop(self, name: str, batch: Batch) -> bool:
+    def _may_drop(self, name: str, error: Exception, batch: Batch | None = None) -> bool:
         """Whether a step failed because the student has diverged, so that the others had better go on without it."""
         if len(self.going) == 1 or self.trainer.world_size > 1:
             return False
+        if batch is None or isinstance(error, NonFiniteError):
+            return isinstance(error, NonFiniteError) and not error.shared
         try:
             with torch.no_grad():
                 return not self.students[name](batch["image"]).isfinite().all()
@@ -172,6 +178,7 @@ class ManyStudents(L.LightningModule):
 
     def _drop(self, name: str, reason: str) -> None:
         self.dropped[name] = reason
+        self.students[name].finite.over = True
         for config in self.trainer.lr_scheduler_configs:
             if getattr(config.scheduler, "student", None) == name:
                 config.strict = False  # its figures will be missing
@@ -250,7 +257,14 @@ class ManyStudents(L.LightningModule):
             prefix = f"{_key(name)}."
             state = {key.removeprefix(prefix): value for key, value in whole.items() if key.startswith(prefix)}
             own = {**checkpoint, "state_dict": state}
-            student.on_save_checkpoint(own)
+            try:
+                with self.turn(name):
+                    student.on_save_checkpoint(own)
+            except NonFiniteError as error:
+                if not self._may_drop(name, error):
+                    raise
+                self._drop(name, str(error))
+                student.on_save_checkpoint(own)
             kept[name] = {key: value for key, value in own.items() if value is not checkpoint.get(key)}
             if name in self.streams:
                 kept[name]["random"] = self.streams[name].state_dict()
@@ -269,6 +283,8 @@ class ManyStudents(L.LightningModule):
                 f"{', '.join(self.names)}; use the config.yaml beside it"
             )
         self.dropped = dict(checkpoint["dropped"])
+        for name in self.dropped:
+            self.students[name].finite.over = True
         state = {}
         for name in self.names:
             own = {**checkpoint, **kept[name], "state_dict": dict(kept[name]["state_dict"])}
@@ -331,23 +347,33 @@ class _StudentScalers:
     def __init__(self, names: Sequence[str], scaler: torch.amp.GradScaler) -> None:
         scaler = next(iter(scaler.of.values())) if isinstance(scaler, _StudentScalers) else scaler
         self.of = {name: copy.deepcopy(scaler) for name in names}
+        self._stepped: list[tuple[str, torch.optim.Optimizer]] = []
 
     def scale(self, loss: Tensor) -> Tensor:
         """Nothing: each student's part of the sum is scaled before."""
         return loss
 
     def unscale_(self, optimizer: StudentOptimizers) -> None:
-        for name, own in optimizer.optimizers.items():
+        for name, own in self._with_gradients(optimizer):
             if not getattr(own, "_step_supports_amp_scaling", False):  # those that do unscale as they step
                 self.of[name].unscale_(own)
 
     def step(self, optimizer: StudentOptimizers) -> None:
-        for name, own in optimizer.optimizers.items():
+        self._stepped = self._with_gradients(optimizer)
+        for name, own in self._stepped:
             self.of[name].step(own)
 
     def update(self) -> None:
-        for scaler in self.of.values():
-            scaler.update()
+        for name, _ in self._stepped:
+            self.of[name].update()
+
+    def _with_gradients(self, optimizer: StudentOptimizers) -> list[tuple[str, torch.optim.Optimizer]]:
+        """Those that have any: a student that is dropped or skips the batch has none, which no scaler takes."""
+        return [
+            (name, own)
+            for name, own in optimizer.optimizers.items()
+            if any(weight.grad is not None for group in own.param_groups for weight in group["params"])
+        ]
 
     def state_dict(self) -> dict[str, Any]:
         return {name: scaler.state_dict() for name, scaler in self.of.items()}
@@ -527,8 +553,13 @@ def _own(value: Any, name: str) -> Any:
 def _tell(self: ManyStudents, hook: str, *args: Any, **kwargs: Any) -> None:
     for name in self.going:
         if is_overridden(hook, self.students[name]):
-            with self.turn(name) as student:
-                getattr(student, hook)(*(_own(value, name) for value in args), **kwargs)
+            try:
+                with self.turn(name) as student:
+                    getattr(student, hook)(*(_own(value, name) for value in args), **kwargs)
+            except NonFiniteError as error:
+                if not self._may_drop(name, error):
+                    raise
+                self._drop(name, str(error))
 
 
 def _told(hook: str) -> Any:

@@ -11,8 +11,9 @@ from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor, nn
 
 from kdlit.losses import CrossEntropyLoss, DistillationLoss, DMLLoss, WeightedLoss
-from kdlit.modules.base import as_batch, default_optimizer, run_loss, weighted_terms
+from kdlit.modules.base import default_optimizer, run_loss, weighted_terms
 from kdlit.modules.classification import ClassificationDistillation, is_right
+from kdlit.modules.finite import NonFinite
 from kdlit.modules.networks import check_image, logits_of, run_network
 from kdlit.modules.performance import Performance, Preset, compile_in_place
 from kdlit.types import Batch, ModelOutput
@@ -48,6 +49,7 @@ class MutualLearning(ClassificationDistillation):
         lr_scheduler: makes the learning-rate schedule from the optimizer, stepped once an epoch.
         input_size: size of one picture, ``(C, H, W)``.
         performance: how a step is computed, as in :class:`~kdlit.modules.DistillationModule`.
+        non_finite: what to do if logits or a loss are not finite, as there.
 
     Raises:
         ValueError: If there are fewer than two students, two share parameters or differ in their classes, a name is
@@ -63,6 +65,7 @@ class MutualLearning(ClassificationDistillation):
         lr_scheduler: LRSchedulerCallable | None = None,
         input_size: Sequence[int] = (3, 32, 32),
         performance: Performance | Preset = "exact",
+        non_finite: NonFinite = "stop",
     ) -> None:
         named = _named(students)
         wanted = weighted_terms({"ce": CrossEntropyLoss(), "dml": DMLLoss()} if losses is None else losses)
@@ -80,6 +83,7 @@ class MutualLearning(ClassificationDistillation):
             lr_scheduler=lr_scheduler,
             input_size=input_size,
             performance=performance,
+            non_finite=non_finite,
         )
         self.peers = nn.ModuleDict({name: named[name] for name in others})
         self.names = tuple(named)
@@ -133,9 +137,12 @@ class MutualLearning(ClassificationDistillation):
         super().teardown(stage)
         self.peers.to(memory_format=torch.contiguous_format)
 
-    def training_step(self, batch: Any, batch_idx: int) -> dict[str, Any]:
+    def trained(self) -> list[nn.Module]:
+        """All students."""
+        return list(self.students.values())
+
+    def run_step(self, batch: Batch) -> dict[str, Any]:
         """Run every student once and add up all objectives."""
-        batch = as_batch(batch)
         check_image(batch["image"], self._channels, self.dtype)
         device, strong = batch["image"].device, self._needs_strong_view()
         with self.student_precision(device):
@@ -143,6 +150,7 @@ class MutualLearning(ClassificationDistillation):
                 name: run_network(f"student {name}", student, self._taps[name], batch, strong)
                 for name, student in self.students.items()
             }
+        self.finite.begin(self.place(), {f"student {name}": output for name, output in outputs.items()}, batch)
         detached = {name: output.detach() for name, output in outputs.items()}
         objectives = {name: torch.zeros((), device=device) for name in self.names}
         figures = {}
@@ -151,9 +159,11 @@ class MutualLearning(ClassificationDistillation):
                 name, peer = self._pairs[path]
                 value = run_loss(path, term, outputs[name], cast("ModelOutput", detached.get(peer)), batch)
                 objectives[name] = objectives[name] + term.factor * value / (len(self.peers) if peer else 1)
-                figures[f"train/loss/{path}"] = value.detach()
+                figures[path] = value.detach()
         objective = torch.stack(list(objectives.values())).sum()
-        figures |= {f"train/loss/{name}": value.detach() for name, value in objectives.items()}
+        self.finite.end(objective, figures)
+        figures |= {name: value.detach() for name, value in objectives.items()}
+        figures = {f"train/loss/{name}": value for name, value in figures.items()}
         figures["train/loss"] = objective.detach()
         if "target" in batch:
             figures |= {
@@ -161,7 +171,6 @@ class MutualLearning(ClassificationDistillation):
             }
             figures["train/top1"] = figures[f"train/{self.names[0]}/top1"]
         self.means["train"].add(figures, len(batch["image"]))
-        self.show(objective, batch_idx)
         self._seen = detached, batch
         return {"loss": objective, "batch": batch, "students": detached}
 

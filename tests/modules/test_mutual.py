@@ -199,7 +199,8 @@ def test_command_line_trains_resumes_tests_and_exports(tmp_path, kdlit_cli):
     arguments = ("--config", "mutual.yaml", "--run_dir=run", "--model.students.large.width=16")
     out = kdlit_cli("fit", *arguments, "--model.losses.dml.weight=0.5")
     assert "Student alone: run/student.pt" in out
-    kdlit_cli("fit", *arguments, "--ckpt_path=last", "--trainer.max_epochs=3")
+    kdlit_cli("fit", *arguments, "--ckpt_path=last", "--trainer.max_epochs=3", "--model.losses.dml.weight=0.5",
+              "--accept_changes=true")  # fmt: skip
     checkpoint = tmp_path / "run/checkpoints/last.ckpt"
     assert torch.load(checkpoint, weights_only=True)["global_step"] == 12
     module = MutualLearning.load_from_checkpoint(checkpoint, weights_only=True)
