@@ -8,6 +8,7 @@ import logging
 import os
 import sys
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, NoReturn
 
@@ -15,17 +16,29 @@ import lightning as L
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint, ProgressBar
-from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.loggers import WandbLogger
 from lightning.pytorch.utilities import rank_zero_only
 
 import kdlit.data  # noqa: F401  classes are known by their short names once imported
 from kdlit import config_errors
-from kdlit.callbacks import PredictionTable, Progress, RandomState, StudentExport, StudentSummary, print_result
-from kdlit.files import WholeCheckpointIO, write_whole
+from kdlit.callbacks import (
+    LastCheckpoint,
+    PredictionTable,
+    Progress,
+    RandomState,
+    StudentExport,
+    StudentSummary,
+    TeacherCheck,
+    print_result,
+)
+from kdlit.dashboards import PatientWandbLogger
+from kdlit.files import WholeCheckpointIO, WriteError, alone_in, load_whole
 from kdlit.loggers import RunLogger
 from kdlit.modules import DistillationModule
 from kdlit.modules.many_students import own_values
-from kdlit.students import LearningRates, Student, Students, check_callbacks, read_students
+from kdlit.run_record import RunRecord, seen_otherwise, write_text
+from kdlit.students import LastOfStudents, LearningRates, Student, Students, check_callbacks, read_students
 
 # Warnings of the libraries beneath that tell a user of the command line nothing to act on.
 _NOISE = (
@@ -54,56 +67,12 @@ class _Parser(LightningArgumentParser):
         self.exit(2, f"kdlit: error: {self.student}{config_errors.explain(message, self, said)}\n")
 
 
-class _ConfigInRunFolder(SaveConfigCallback):
-    """Writes the resolved config into the run folder once nothing is left to refuse; a resume keeps earlier ones.
-
-    Args:
-        students: of a run that has several; each then has a config of its own, too.
-        *args: of the base.
-        **kwargs: likewise.
-    """
-
-    def __init__(self, *args: Any, students: Students | None = None, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self.students = students
-
-    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Nothing yet: the data and the networks may still turn out not to fit."""
-
-    @rank_zero_only
-    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        if self.students is None:
-            config = self.config.clone()
-            config.run_dir = config.ckpt_path = config.trainer.default_root_dir = config.checkpoint.dirpath = None
-            texts = {"config.yaml": self.parser.dump(config, skip_none=False)}
-        else:
-            texts = self.students.config_files()
-        for name, text in texts.items():
-            path = Path(trainer.default_root_dir) / name
-            if path.exists() and path.read_text(encoding="utf-8") != text:
-                earlier = len(list(path.parent.glob("config.*.yaml")))
-                path.rename(path.with_name(f"config.{earlier}.yaml"))
-            _write_text(path, text)
-
-
-def _write_text(path: Path, text: str) -> None:
-    write_whole(path, lambda file: file.write(text.encode()))
-
-
-class _ForgetRepeatedSteps(L.Callback):
-    """On resume, drops logged rows of steps that will be run again."""
-
-    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        for logger in trainer.loggers:
-            if isinstance(logger, RunLogger) and trainer.ckpt_path:
-                logger.forget_from(trainer.global_step)
-
-
 class KdlitCLI(LightningCLI):
     """``kdlit fit | validate | test | predict``: every run has a folder that holds all it leaves behind."""
 
     run_dir: str
     students: Students | None = None
+    files: WholeCheckpointIO
 
     def __init__(self, args: list[str] | None = None) -> None:
         super().__init__(
@@ -113,7 +82,7 @@ class KdlitCLI(LightningCLI):
             subclass_mode_data=True,
             parser_class=_Parser,
             parser_kwargs={"prog": "kdlit", "description": __doc__},
-            save_config_callback=_ConfigInRunFolder,
+            save_config_callback=RunRecord,
             seed_everything_default=0,
             auto_configure_optimizers=False,
             args=args,
@@ -125,8 +94,8 @@ class KdlitCLI(LightningCLI):
             "--run_dir",
             type=str | None,
             default=None,
-            help="Folder of the run: config.yaml, metrics.csv, checkpoints/, student.pt, predictions.csv. By default "
-            "the one that --ckpt_path lies in, or else runs/NAME/version_N, NAME being that of the config files.",
+            help="Folder of the run: config.yaml, run.json, metrics.csv, checkpoints/, student.pt, predictions.csv. By "
+            "default where --ckpt_path lies, or else runs/NAME/version_N, NAME being that of the config files.",
         )
         parser.add_argument(
             "--torch_threads",
@@ -141,8 +110,16 @@ class KdlitCLI(LightningCLI):
             help="Several students by name, trained at once on the same batches with one pass of their teacher: each "
             "is this command line with further config files, values (set) and a seed.",
         )
+        parser.add_argument(
+            "--accept_changes",
+            type=bool,
+            default=False,
+            help="Whether a run may go on with other settings, data or teacher than its checkpoint was made with.",
+        )
+        parser.add_lightning_class_args(LastCheckpoint, "last")
         parser.add_lightning_class_args(ModelCheckpoint, "checkpoint")
         best = {"filename": "best", "monitor": "val/top1", "mode": "max", "auto_insert_metric_name": False}
+        best |= {"enable_version_counter": False}  # a run that was killed finds its file, and writes it anew
         parser.set_defaults({f"checkpoint.{name}": value for name, value in best.items()})
         parser.set_defaults({"trainer.enable_model_summary": False})
 
@@ -162,11 +139,14 @@ class KdlitCLI(LightningCLI):
         """Settle where the run lives and which checkpoint it starts from."""
         config = self.config[self.subcommand]
         configs = [Path(str(path)) for path in config.config or []]
-        if config.ckpt_path == "last":
+        goes_on = config.ckpt_path == "last"
+        if goes_on:
             config.ckpt_path = self._newest_last(Path(config.run_dir) if config.run_dir else _runs_of(configs, "last"))
         checkpoint = Path(config.ckpt_path).absolute() if config.ckpt_path else None
         if checkpoint is not None:
-            _check_checkpoint(checkpoint)
+            content = _checked(checkpoint)
+            if self.subcommand != "fit":
+                self._compare(content)
         elif self.subcommand != "fit":
             print(
                 f"kdlit: warning: no --ckpt_path: {self.subcommand} takes the student as its config makes it, "
@@ -176,7 +156,8 @@ class KdlitCLI(LightningCLI):
         if config.run_dir:
             _check_folder(Path(config.run_dir))
             self.run_dir = config.run_dir
-            if self.subcommand == "fit" and checkpoint is None and (Path(self.run_dir) / "metrics.csv").exists():
+            holds_a_run = (Path(self.run_dir) / "metrics.csv").exists()
+            if self.subcommand == "fit" and checkpoint is None and holds_a_run and not goes_on:
                 raise FileExistsError(
                     f"--run_dir: {self.run_dir} already holds a run; go on with it by --ckpt_path=last, or name another"
                 )
@@ -186,8 +167,14 @@ class KdlitCLI(LightningCLI):
             self.run_dir = _new_run_dir(_runs_of(configs, "new"))
         if config.torch_threads:
             torch.set_num_threads(config.torch_threads)
-        config.checkpoint.dirpath = f"{self.run_dir}/checkpoints"
+        config.checkpoint.dirpath = config.last.dirpath = f"{self.run_dir}/checkpoints"
         config.trainer.default_root_dir = self.run_dir
+
+    def _compare(self, content: dict[str, Any]) -> None:
+        """Say in what a checkpoint is measured otherwise than it was trained."""
+        record = RunRecord(self._parser(self.subcommand), self.config[self.subcommand], students=self.students)
+        if others := seen_otherwise(content, record.configs()):
+            rank_zero_only(print)(f"kdlit: warning: the student was trained otherwise: {others}", file=sys.stderr)
 
     def _belongs_to_a_run(self, checkpoint: Path) -> bool:
         """Whether results go where a checkpoint came from; a fit from an earlier point than the last is a new run."""
@@ -196,13 +183,14 @@ class KdlitCLI(LightningCLI):
 
     def _newest_last(self, folder: Path) -> str | None:
         """The newest ``last.ckpt`` at or below a folder; None, after saying so, where a fit has yet to begin."""
-        runs = [path.parents[1] for path in folder.glob("**/checkpoints/last.ckpt")]
+        kept = [path for name in ("previous", "last") for path in folder.glob(f"**/checkpoints/{name}.ckpt")]
+        runs = {path.parents[1]: path.stat().st_mtime for path in kept}
         # Within the folder of a run lie those of its students.
-        runs = [run for run in runs if run == folder or not (run.parent / "config.yaml").exists()]
-        found = sorted((run / "checkpoints" / "last.ckpt" for run in runs), key=lambda path: path.stat().st_mtime)
-        if found:
-            rank_zero_only(print)(f"--ckpt_path=last: {found[-1]}")
-            return str(found[-1])
+        runs = {run: at for run, at in runs.items() if run == folder or not (run.parent / "config.yaml").exists()}
+        if runs:
+            found = _whole_one(max(runs, key=lambda run: runs[run]) / "checkpoints")
+            rank_zero_only(print)(f"--ckpt_path=last: {found}")
+            return str(found)
         if self.subcommand != "fit":
             raise FileNotFoundError(f"--ckpt_path=last: no run in {folder.absolute()} has a checkpoint yet")
         rank_zero_only(print)(f"--ckpt_path=last: no checkpoint in {folder} yet, starting afresh")
@@ -217,17 +205,22 @@ class KdlitCLI(LightningCLI):
     def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
         """Add what every run has to what the config asks for."""
         trainer = self.config_init[self.subcommand].trainer
+        self.files = WholeCheckpointIO()
         loggers = trainer.logger if isinstance(trainer.logger, list) else [trainer.logger]
         loggers = [logger for logger in loggers if not isinstance(logger, bool) and logger is not None]
+        for logger in loggers:
+            if type(logger) is WandbLogger:
+                logger.__class__ = PatientWandbLogger  # needs no state of its own
         plugins = trainer.plugins if isinstance(trainer.plugins, list) else [trainer.plugins]
         callbacks: list[L.Callback] = [
             StudentSummary(),
             RandomState(),
-            _ForgetRepeatedSteps(),
             StudentExport(f"{self.run_dir}/student.pt"),
             PredictionTable(f"{self.run_dir}/predictions.csv"),
         ]
         given = trainer.callbacks if isinstance(trainer.callbacks, list) else [trainer.callbacks]
+        if not any(isinstance(one, TeacherCheck) for one in given):
+            callbacks.append(TeacherCheck())
         if trainer.enable_progress_bar is not False and not any(isinstance(one, ProgressBar) for one in given):
             callbacks.append(Progress())
         names = self.students.names if self.students else []
@@ -236,16 +229,15 @@ class KdlitCLI(LightningCLI):
             callbacks.append(LearningRates() if names else LearningRateMonitor("epoch"))
         if self.students:
             check_callbacks(trainer.callbacks, names)
-            one, *others = self.students.checkpoints(self.run_dir, self.config[self.subcommand].checkpoint)
+            settings = self.config[self.subcommand]
+            one, *others = self.students.checkpoints(self.run_dir, settings.checkpoint)
             self.config_init[self.subcommand].checkpoint = one
+            self.config_init[self.subcommand].last = LastOfStudents(self.run_dir, **settings.last.as_dict())
             callbacks += others
-        # With save_last, ModelCheckpoint writes the last only when it is also the best.
-        last = ModelCheckpoint(dirpath=f"{self.run_dir}/checkpoints", filename="last", save_on_train_epoch_end=True)
-        callbacks.append(last)  # after the others, whose state it keeps
         self.trainer_defaults = {"callbacks": callbacks}
         return super().instantiate_trainer(
             logger=loggers or False,
-            plugins=[plugin for plugin in plugins if plugin is not None] + [WholeCheckpointIO()],
+            plugins=[plugin for plugin in plugins if plugin is not None] + [self.files],
             **kwargs,
         )
 
@@ -256,16 +248,19 @@ class KdlitCLI(LightningCLI):
         made = [*(place for folder in folders for place in (folder / "checkpoints", folder)), *run.parents]
         made = [folder for folder in made if not folder.exists()]
         try:
-            self.trainer.fit(**kwargs)
+            with alone_in(run) if self.trainer.is_global_zero else contextlib.nullcontext():
+                self.trainer.fit(**kwargs)
         except BaseException:
             if run in made and self.trainer.is_global_zero and not list(run.glob("checkpoints/*")):
                 for folder in folders:
-                    for name in ("config.yaml", "metrics.csv"):
+                    for name in ("config.yaml", "run.json", "metrics.csv"):
                         (folder / name).unlink(missing_ok=True)
                 for folder in made:
                     with contextlib.suppress(OSError):  # it holds something else by now, or was never made
                         folder.rmdir()
             raise
+        if self.files.failed:
+            raise WriteError("; ".join(self.files.failed.values()))
 
     def after_fit(self) -> None:
         """Measure the last epoch if its validation was skipped; show what was reached once the progress bar is gone."""
@@ -297,28 +292,69 @@ class KdlitCLI(LightningCLI):
     def _save_figures(self) -> None:
         figures = {name: float(value) for name, value in self.trainer.callback_metrics.items()}
         checkpoint = self.config[self.subcommand].ckpt_path
-        epochs = torch.load(checkpoint, weights_only=True, mmap=True)["epoch"] + 1 if checkpoint else None
+        epochs = _epochs(checkpoint) if checkpoint else None
         names = self.students.names if self.students else []
         for folder, own in [("", figures), *((name, own_values(figures, name)) for name in names)]:
             path = Path(self.run_dir) / folder / f"{self.subcommand}.json"
-            _write_text(path, f"{json.dumps({'checkpoint': checkpoint, 'epochs': epochs, **own}, indent=2)}\n")
+            write_text(path, f"{json.dumps({'checkpoint': checkpoint, 'epochs': epochs, **own}, indent=2)}\n")
             print(f"Figures: {path}")
 
 
-def _check_checkpoint(path: Path) -> None:
-    """Refuse a file that is missing, broken or not a checkpoint of a run, before anything is built."""
+def _whole_one(folder: Path) -> Path:
+    """``last.ckpt``, or if that is broken the newest whole checkpoint beside it, after saying so."""
+    problems = []
+    for path in _by_age(folder, ("last.ckpt", "previous.ckpt")):
+        try:
+            load_whole(path)
+        except ValueError as error:
+            problems.append(str(error))
+            continue
+        if path.name != "last.ckpt":
+            reason = "; ".join(problems) or f"there is no {folder / 'last.ckpt'}"
+            rank_zero_only(print)(f"kdlit: warning: {reason}; going on from {path}, the newest whole one")
+        return path
+    raise ValueError(f"--ckpt_path=last: no checkpoint is whole: {'; '.join(problems)}; start a new run")
+
+
+def _by_age(folder: Path, first: Sequence[str] = ()) -> list[Path]:
+    """The checkpoints of a folder, some first and then the newest."""
+    paths = sorted(folder.glob("*.ckpt"), key=lambda path: path.stat().st_mtime, reverse=True)
+    return [folder / name for name in first if folder / name in paths] + [one for one in paths if one.name not in first]
+
+
+def _checked(path: Path) -> dict[str, Any]:
+    """The content of a checkpoint; a file that is missing, broken or of something else is refused."""
     if not path.is_file():
         raise FileNotFoundError(f"--ckpt_path: there is no file {path}")
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except Exception as error:  # a broken file can raise almost anything
-        first_line = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise ValueError(f"--ckpt_path: {path} is not a whole checkpoint of plain data: {first_line}") from None
+        content = load_whole(path)
+    except ValueError as error:
+        whole = next((other for other in _by_age(path.parent) if other != path and _is_whole(other)), None)
+        offer = f"; {whole} is the newest whole one beside it" if whole else ""
+        raise ValueError(f"--ckpt_path: {error}{offer}") from None
     if not isinstance(content, dict) or "pytorch-lightning_version" not in content:
         raise ValueError(
             f"--ckpt_path: {path} is not a checkpoint of a run, such as checkpoints/last.ckpt in its folder; to start "
             "from weights alone, let the config build the student by kdlit.models.from_checkpoint"
         )
+    return content
+
+
+def _is_whole(path: Path) -> bool:
+    try:
+        load_whole(path)
+    except ValueError:
+        return False
+    return True
+
+
+def _epochs(checkpoint: str) -> int:
+    """How many whole epochs the student of a checkpoint was trained for."""
+    content = torch.load(checkpoint, weights_only=True, mmap=True)
+    loops = content["loops"]["fit_loop"]
+    epoch = loops["epoch_progress"]["current"]
+    is_between = epoch["ready"] == epoch["processed"]
+    return int(content["epoch"]) + (not is_between and loops["epoch_loop.batch_progress"]["is_last_batch"])
 
 
 def _check_folder(path: Path) -> None:

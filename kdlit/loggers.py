@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import csv
 import io
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from lightning.pytorch.loggers.logger import Logger
-from lightning.pytorch.utilities import rank_zero_only
+from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
 
 from kdlit.files import write_whole
 
 
 class RunLogger(Logger):
     """Appends to ``metrics.csv`` in the run folder, one row an event; a resumed run goes on in the same file.
+
+    Rows that find no room on the disk wait in memory, with a warning, until there is.
 
     Args:
         run_dir: folder of the run; made when the first row is written.
@@ -27,6 +30,7 @@ class RunLogger(Logger):
         super().__init__()
         self.path = Path(run_dir) / student / "metrics.csv"
         self.prefix = f"{student}/" if student else ""
+        self._waiting: list[dict[str, Any]] = []
         self._columns = self._read_header()
 
     @property
@@ -59,18 +63,35 @@ class RunLogger(Logger):
         if not figures:
             return
         row = {"step": step, **figures, **{name: metrics[name] for name in ("epoch",) if name in metrics}}
-        if new := [column for column in row if column not in self._columns]:
-            self._rewrite(self._read(), [*self._columns, *new])
-        with self.path.open("a", newline="", encoding="utf-8") as file:
-            csv.DictWriter(file, self._columns).writerow(row)
+        try:
+            self._write([*self._waiting, row])
+            self._waiting = []
+        except OSError as error:
+            if not self._waiting:
+                rank_zero_warn(f"{self.path} cannot be written: {error}; its rows wait in memory until it can")
+            self._waiting.append(row)
+
+    def _write(self, rows: list[dict[str, Any]]) -> None:
+        columns = list(dict.fromkeys((*self._columns, *(column for row in rows for column in row))))
+        if columns != self._columns:
+            self._rewrite(self._read(), columns)
+        text = io.StringIO(newline="")
+        csv.DictWriter(text, columns).writerows(rows)
+        with self.path.open("ab", buffering=0) as file:
+            size = file.tell()
+            try:
+                if (written := file.write(content := text.getvalue().encode())) < len(content):
+                    file.write(content[written:])  # says why there was no room for it
+            except OSError:
+                os.truncate(self.path, size)
+                raise
 
     @rank_zero_only
     def forget_from(self, step: int) -> None:
-        """Drop the rows of this step and later ones, which a resumed run will write again."""
-        rows = self._read()
-        kept = [row for row in rows if not row["step"] or int(row["step"]) < step]
-        if len(kept) < len(rows):
-            self._rewrite(kept, self._columns)
+        """Drop the rows of this step and later ones, which a resumed run will write again, and any half of a row."""
+        kept = [row for row in self._read() if not row["step"] or int(row["step"]) < step]
+        if self.path.exists():
+            self._rewrite(kept, self._columns if kept else [])
 
     def _read_header(self) -> list[str]:
         if not self.path.exists():
@@ -81,13 +102,15 @@ class RunLogger(Logger):
     def _read(self) -> list[dict[str, str]]:
         if not self.path.exists():
             return []
-        with self.path.open(newline="", encoding="utf-8") as file:
-            return list(csv.DictReader(file))
+        text = self.path.read_bytes().decode("utf-8", errors="replace")
+        whole, _, _ = text.rpartition("\n")  # a process may have been killed in the middle of a row
+        return [row for row in csv.DictReader(io.StringIO(whole, newline="")) if (row.get("step") or "0").isdigit()]
 
     def _rewrite(self, rows: list[dict[str, str]], columns: list[str]) -> None:
         text = io.StringIO(newline="")
-        writer = csv.DictWriter(text, columns)
-        writer.writeheader()
-        writer.writerows(rows)
+        if columns:
+            writer = csv.DictWriter(text, columns)
+            writer.writeheader()
+            writer.writerows(rows)
         write_whole(self.path, lambda file: file.write(text.getvalue().encode()))
         self._columns = columns

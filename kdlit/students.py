@@ -20,6 +20,7 @@ import re
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
 
@@ -32,13 +33,23 @@ from lightning.pytorch.cli import LightningCLI
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
-from kdlit.callbacks import RandomState
+from kdlit.callbacks import LastCheckpoint, RandomState
 from kdlit.config_errors import config_files, users_mistake
 from kdlit.modules import ManyStudents
 from kdlit.modules.many_students import own_values
 from kdlit.modules.streams import RandomStream
 
-_OF_THE_RUN = ("config", "run_dir", "ckpt_path", "students", "print_config", "help", "seed_everything")
+MADE_OF = "kdlit"  # under which a checkpoint holds what it was made of
+_OF_THE_RUN = (
+    "config",
+    "run_dir",
+    "ckpt_path",
+    "students",
+    "print_config",
+    "help",
+    "seed_everything",
+    "accept_changes",
+)
 
 
 @dataclass
@@ -162,6 +173,7 @@ class Students:
         """All values of a config as plain data, those left out that belong to one run alone."""
         own = config[self.command].clone()
         own.run_dir = own.ckpt_path = None
+        own.accept_changes = False
         dump: dict[str, Any] = yaml.safe_load(self._command_parser.dump(own, skip_none=False))
         return dump
 
@@ -225,23 +237,13 @@ class Students:
         return {"config.yaml": yaml.safe_dump(run, sort_keys=False), **texts}
 
     def checkpoints(self, run_dir: str, best: Mapping[str, Any]) -> list[ModelCheckpoint]:
-        """What keeps the last and the best of each student; and all together too, where steps or minutes are counted.
+        """What keeps the best of each student.
 
         Args:
             run_dir: folder of the run.
             best: settings of the checkpoint that is chosen by a figure.
         """
-        last = {"filename": "last", "save_on_train_epoch_end": True}
-        kept: list[ModelCheckpoint] = [
-            StudentCheckpoint(name, **{**settings, "dirpath": f"{run_dir}/{name}/checkpoints"})
-            for settings in (best, last)
-            for name in self.names
-        ]
-        if any(best[key] for key in ("every_n_train_steps", "train_time_interval", "save_on_exception")):
-            filename = "newest" if best["filename"] == "best" else best["filename"]
-            newest = {"monitor": None, "filename": filename, "save_top_k": min(best["save_top_k"], 1)}
-            kept.append(ModelCheckpoint(**{**best, **newest, "dirpath": f"{run_dir}/checkpoints"}))
-        return kept
+        return [StudentCheckpoint(name, **{**best, "dirpath": f"{run_dir}/{name}/checkpoints"}) for name in self.names]
 
 
 def _plain(value: Any) -> Any:
@@ -284,6 +286,33 @@ class StudentCheckpoint(ModelCheckpoint):
         self._last_checkpoint_saved = filepath
 
 
+class LastOfStudents(LastCheckpoint):
+    """Keeps the last checkpoint of all students together, and beside it that of each one's separate run.
+
+    Args:
+        run_dir: folder of the run.
+        **kwargs: of the base.
+    """
+
+    def __init__(self, run_dir: str, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.run_dir = Path(run_dir)
+
+    @property
+    def state_key(self) -> str:
+        """That of the base."""
+        return LastCheckpoint.__qualname__
+
+    def write(self, trainer: L.Trainer) -> None:
+        """Write all of them."""
+        super().write(trainer)
+        whole = trainer._checkpoint_connector.dump_checkpoint(weights_only=False)
+        for name in cast("ManyStudents", trainer.lightning_module).going:
+            path = self.run_dir / name / "checkpoints" / self.path.name
+            trainer.strategy.save_checkpoint(_checkpoint_of(name, whole, trainer), path)
+        trainer.strategy.barrier("LastOfStudents")
+
+
 def _checkpoint_of(student: str, whole: Mapping[str, Any], trainer: L.Trainer) -> dict[str, Any]:
     """The checkpoint that the separate run of a student would have written."""
     group = cast("ManyStudents", trainer.lightning_module)
@@ -313,6 +342,10 @@ def _checkpoint_of(student: str, whole: Mapping[str, Any], trainer: L.Trainer) -
             callbacks[key] = state["students"].get(student)
     if (key := RandomState().state_key) in callbacks:
         callbacks[key] = random
+    if (key := LastCheckpoint().state_key) in callbacks:
+        callbacks[key] = {"metrics": own_values(callbacks[key]["metrics"], student)}
+    if made_of := checkpoint.get(MADE_OF):
+        checkpoint[MADE_OF] = {**made_of, "configs": {"config.yaml": made_of["configs"][f"{student}/config.yaml"]}}
     return checkpoint | {"callbacks": callbacks}
 
 

@@ -85,7 +85,8 @@ def test_fit_resume_validate_test_predict(project, kdlit_cli):
     out = kdlit_cli("fit", "--config", "tiny.yaml", "--model.losses.own.loss.class_path=own.OwnLoss")
     run = project / "runs" / "tiny" / "version_0"
     files = {str(path.relative_to(run)) for path in run.rglob("*") if path.is_file()}
-    assert files == {"config.yaml", "metrics.csv", "student.pt", "checkpoints/best.ckpt", "checkpoints/last.ckpt"}
+    checkpoints = {f"checkpoints/{name}.ckpt" for name in ("best", "last", "previous")}
+    assert files == {"config.yaml", "run.json", "metrics.csv", "student.pt", *checkpoints}
     assert "teacher" in out
     assert "student, distilled" in out
     assert "Checkpoint: runs/tiny/version_0/checkpoints/last.ckpt" in out
@@ -95,7 +96,7 @@ def test_fit_resume_validate_test_predict(project, kdlit_cli):
     )
 
     kdlit_cli("fit", "--config", "tiny.yaml", "--model.losses.own.loss.class_path=own.OwnLoss",
-              "--ckpt_path=last", "--trainer.max_epochs=4")  # fmt: skip
+              "--ckpt_path=last", "--trainer.max_epochs=4", "--accept_changes=true")  # fmt: skip
     assert not (project / "runs" / "tiny" / "version_1").exists()
     checkpoint = torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)
     assert checkpoint["global_step"] == 16
@@ -138,7 +139,7 @@ def test_no_run_writes_into_the_folder_of_another(project, kdlit_cli):
     before = {path: path.read_bytes() for path in first.rglob("*") if path.is_file()}
     kdlit_cli("fit", "--config", "runs/tiny/version_0/config.yaml", "--seed_everything=5")
     kdlit_cli("fit", "--config", "tiny.yaml", "--ckpt_path=runs/tiny/version_0/checkpoints/best.ckpt",
-              "--trainer.max_epochs=3")  # fmt: skip
+              "--trainer.max_epochs=3", "--accept_changes=true")  # fmt: skip
     assert {path: path.read_bytes() for path in first.rglob("*") if path.is_file()} == before
     assert sorted(path.name for path in (project / "runs/tiny").iterdir()) == ["version_0", "version_1", "version_2"]
     saved = (first / "config.yaml").read_text()
@@ -188,7 +189,7 @@ def test_the_last_checkpoint_is_of_the_last_epoch_also_when_another_was_best(pro
 
 def test_without_validation_only_the_last_is_kept(project, kdlit_cli):
     out = kdlit_cli("fit", "--config", "tiny.yaml", "--data.val_size=0")
-    assert [path.name for path in (project / "runs/tiny/version_0/checkpoints").iterdir()] == ["last.ckpt"]
+    assert [path.name for path in (project / "runs/tiny/version_0/checkpoints").glob("[!p]*")] == ["last.ckpt"]
     assert "student, distilled" not in out
     assert "Student alone: runs/tiny/version_0/student.pt" in out
 
@@ -196,7 +197,7 @@ def test_without_validation_only_the_last_is_kept(project, kdlit_cli):
 def test_rare_validation_still_saves_the_last_every_epoch(project, kdlit_cli):
     kdlit_cli("fit", "--config", "tiny.yaml", "--trainer.max_epochs=3", "--trainer.check_val_every_n_epoch=2")
     checkpoints = project / "runs/tiny/version_0/checkpoints"
-    assert torch.load(checkpoints / "last.ckpt", weights_only=True)["epoch"] == 2
+    assert torch.load(checkpoints / "last.ckpt", weights_only=True)["global_step"] == 12
     assert torch.load(checkpoints / "best.ckpt", weights_only=True)["epoch"] == 1
 
 
@@ -399,8 +400,9 @@ def test_files_that_are_no_checkpoint_of_this_run_are_refused(project, kdlit_cli
     assert "the checkpoint is not of this student and these losses" in out
     last = project / "here" / "checkpoints" / "last.ckpt"
     last.write_bytes(last.read_bytes()[:5000])
-    out = kdlit_cli("fit", "--config", "tiny.yaml", "--run_dir=here", "--ckpt_path=last")
-    assert "last.ckpt is not a whole checkpoint of plain data" in out
+    out = kdlit_cli("fit", "--config", "tiny.yaml", "--run_dir=here", f"--ckpt_path={last}")
+    assert "last.ckpt is not a whole checkpoint: File is not a zip file" in out
+    assert "previous.ckpt is the newest whole one beside it" in out
     assert "Traceback" not in out
 
 
@@ -416,7 +418,7 @@ def test_the_table_after_a_resume_is_of_the_last_epoch(project, kdlit_cli):
     run = ("fit", "--config", "tiny.yaml", "--run_dir=here", "--ckpt_path=last", "--trainer.check_val_every_n_epoch=2")
     kdlit_cli(*run)
     for epochs in (3, 3):  # a resume that ends between validations, and one with nothing left to do
-        out = kdlit_cli(*run, f"--trainer.max_epochs={epochs}")
+        out = kdlit_cli(*run, f"--trainer.max_epochs={epochs}", "--accept_changes=true")
         assert "after epoch 3" in out
         assert "teacher" in out.split("after epoch 3")[1]
         assert "student, distilled" in out

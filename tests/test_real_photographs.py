@@ -40,7 +40,7 @@ def test_a_teacher_is_made_and_distilled(photographs, kdlit_cli):
         "--model.student=kdlit.models.resnet8", "--model.student.num_classes=20",
     )  # fmt: skip
     kdlit_cli(*run, "--trainer.max_epochs=1")
-    out = kdlit_cli(*run, "--trainer.max_epochs=2", "--ckpt_path=last")
+    out = kdlit_cli(*run, "--trainer.max_epochs=2", "--ckpt_path=last", "--accept_changes=true")
     assert "student, distilled" in out
     with (photographs / "dkd" / "metrics.csv").open() as file:
         log = list(csv.DictReader(file))

@@ -134,15 +134,14 @@ def test_every_student_and_its_folder_are_those_of_its_separate_run(project, kdl
             assert all(torch.equal(ours["state_dict"][key], value) for key, value in theirs["state_dict"].items())
     files = {str(path.relative_to("all")) for path in Path("all").rglob("*") if path.is_file()}
     own = {"config.yaml", "metrics.csv", "student.pt", "checkpoints/last.ckpt", "checkpoints/best.ckpt"}
-    assert files == {"config.yaml", "metrics.csv", "checkpoints/last.ckpt"} | {
-        f"{name}/{file}" for name in ALONE for file in own
-    }
+    group = {"config.yaml", "run.json", "metrics.csv", "checkpoints/last.ckpt", "checkpoints/previous.ckpt"}
+    assert files == group | {f"{name}/{file}" for name in ALONE for file in own}
 
     # Each goes on by itself as it would have in the group, and both are as if nothing had happened.
-    kdlit_cli("fit", "--config=all/dkd_1/config.yaml", "--ckpt_path=last", "--trainer.max_epochs=4", "--run_dir=one")
-    kdlit_cli("fit", "--config=all/dkd_1/config.yaml", "--ckpt_path=all/dkd_1/checkpoints/last.ckpt",
-              "--trainer.max_epochs=4", "--run_dir=two")  # fmt: skip
-    assert "last.ckpt" in kdlit_cli(*FIT, "--run_dir=all", "--ckpt_path=last", "--trainer.max_epochs=4")
+    longer = ("--trainer.max_epochs=4", "--accept_changes=true")
+    kdlit_cli("fit", "--config=all/dkd_1/config.yaml", "--ckpt_path=all/dkd_1/checkpoints/last.ckpt", *longer,
+              "--run_dir=two")  # fmt: skip
+    assert "last.ckpt" in kdlit_cli(*FIT, "--run_dir=all", "--ckpt_path=last", *longer)
     straight = exported("all/dkd_1")["model"]
     for run in ("two",):
         assert all(torch.equal(exported(run)["model"][key], value) for key, value in straight.items())
@@ -163,12 +162,14 @@ def test_every_student_and_its_folder_are_those_of_its_separate_run(project, kdl
 
 
 def test_a_group_resumes_bit_for_bit_and_its_config_repeats_it(project, kdlit_cli):
-    often = ("--checkpoint.every_n_train_steps=5", "--checkpoint.monitor=null", "--checkpoint.filename={step}",
+    often = ("--last.every_n_steps=5",
              "--trainer.callbacks=kdlit.callbacks.PlainBaseline", "--model.losses.ce.weight=0.5")  # fmt: skip
     kdlit_cli(*FIT, *often, "--run_dir=straight")
     assert "val/plain_top1" in exported("straight/dkd_1")["metrics"]
     kdlit_cli(*FIT, *often, "--run_dir=broken", "--trainer.max_steps=7")
-    kdlit_cli(*FIT, *often, "--run_dir=resumed", "--ckpt_path=broken/checkpoints/5.ckpt")
+    assert torch.load("broken/checkpoints/previous.ckpt", weights_only=True)["global_step"] == 5
+    kdlit_cli(*FIT, *often, "--run_dir=resumed", "--ckpt_path=broken/checkpoints/previous.ckpt",
+              "--accept_changes=true")  # fmt: skip
     kdlit_cli("fit", "--config=straight/config.yaml", "--run_dir=repeated")
     kdlit_cli("fit", "--config=straight/dkd_1/config.yaml", "--run_dir=alone")
     for name in ALONE:
@@ -236,11 +237,11 @@ def test_an_explicit_seed_of_the_data_survives_a_resume(project, kdlit_cli):
     one = ("fit", "--config=base.yaml", "--config=methods/kd.yaml")
     kdlit_cli(*one, "--data.seed=7", "--run_dir=straight")
     kdlit_cli(*one, "--data.seed=7", "--run_dir=resumed", "--trainer.max_epochs=1")
-    kdlit_cli(*one, "--data.seed=7", "--run_dir=resumed", "--ckpt_path=last")
+    kdlit_cli(*one, "--data.seed=7", "--run_dir=resumed", "--ckpt_path=last", "--accept_changes=true")
     assert_same_student("resumed", "straight")
     kdlit_cli(*one, "--run_dir=other")
     assert exported("other")["metrics"] != exported("straight")["metrics"]
-    out = kdlit_cli(*one, "--data.seed=8", "--run_dir=resumed", "--ckpt_path=last", "--trainer.max_epochs=4")
+    out = kdlit_cli(*one, "--data.seed=8", "--run_dir=resumed", "--ckpt_path=last", "--accept_changes=true")
     assert "data.seed is 8, but the run that is resumed draws by 7" in out
 
 

@@ -2,11 +2,14 @@
 
 from kdlit.callbacks.baseline import PlainBaseline
 from kdlit.callbacks.export import PredictionTable, StudentExport
+from kdlit.callbacks.last_checkpoint import LastCheckpoint
 from kdlit.callbacks.random_state import RandomState
 from kdlit.callbacks.report import Progress, StudentSummary, print_result
 from kdlit.callbacks.teacher_cache import TeacherCache
+from kdlit.callbacks.teacher_check import TeacherCheck
 
 __all__ = [
+    "LastCheckpoint",
     "PlainBaseline",
     "PredictionTable",
     "Progress",
@@ -14,5 +17,6 @@ __all__ = [
     "StudentExport",
     "StudentSummary",
     "TeacherCache",
+    "TeacherCheck",
     "print_result",
 ]

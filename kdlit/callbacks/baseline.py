@@ -15,6 +15,7 @@ from torchmetrics.classification import MulticlassAccuracy
 
 from kdlit.modules import DistillationModule, ManyStudents
 from kdlit.modules.base import as_batch
+from kdlit.types import Batch
 
 
 def _for_each_student(hook: Callable[..., None]) -> Callable[..., None]:
@@ -27,8 +28,11 @@ def _for_each_student(hook: Callable[..., None]) -> Callable[..., None]:
             return
         for name in pl_module.going:
             own = self.of_students.setdefault(name, PlainBaseline(self.make_optimizer, self.make_lr_scheduler))
+            own_args = [
+                arg["students"].get(name) if isinstance(arg, dict) and "students" in arg else arg for arg in args
+            ]
             with pl_module.turn(name) as student:
-                hook(own, trainer, student, *args, **kwargs)
+                hook(own, trainer, student, *own_args, **kwargs)
 
     return call
 
@@ -86,17 +90,20 @@ class PlainBaseline(L.Callback):
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """One step of the twin, and after the last of an epoch one of its schedule."""
+        """One step of the twin, unless the student skipped the batch, and after an epoch's last one of its schedule."""
         assert isinstance(pl_module, DistillationModule)
-        batch = as_batch(batch)
+        if outputs:
+            self._step(trainer, pl_module, as_batch(batch))
+        if self.lr_scheduler is not None and batch_idx + 1 == trainer.num_training_batches:
+            self.lr_scheduler.step()
+
+    def _step(self, trainer: L.Trainer, pl_module: DistillationModule, batch: Batch) -> None:
         self.twin.train()
         with trainer.precision_plugin.forward_context(), pl_module.student_precision(batch["image"].device):
             loss = F.cross_entropy(self.twin(batch["image"]).float(), batch["target"])
         self.optimizer.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
         self.optimizer.step()
-        if self.lr_scheduler is not None and batch_idx + 1 == trainer.num_training_batches:
-            self.lr_scheduler.step()
 
     def _measure(self, pl_module: L.LightningModule, batch: Any) -> None:
         assert isinstance(pl_module, DistillationModule)

@@ -1,0 +1,100 @@
+"""All faults, done on purpose, and how many of them a run survives: ``python -m tests.faults`` in a clone."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import os
+import sys
+import tempfile
+import time
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import kdlit.cli  # noqa: F401  what is imported here is not imported again by the processes forked from this one
+from tests.faults import cost, fuzz, runs
+
+STUDENTS = ("--students={one: {}, other: {seed: 1, set: {model.losses.dist.weight: 2.0}}}",)
+SCENARIOS: dict[str, Callable[[Path], Any]] = {
+    "kills": lambda folder: runs.kills(folder, 24),
+    "kills_workers": lambda folder: runs.kills(folder, 6, 1, ("--data.num_workers=2",)),
+    "kills_validation": lambda folder: runs.kills(
+        folder, 6, 2, ("--trainer.val_check_interval=0.5", "--trainer.accumulate_grad_batches=2")
+    ),
+    "kills_students": lambda folder: runs.kills(folder, 6, 3, STUDENTS),
+    "stops": runs.stops,
+    "full_disk": runs.full_disk,
+    "broken_checkpoint": runs.broken_checkpoint,
+    "two_processes": runs.two_processes,
+    "cost": cost.measure,
+    "fuzz": lambda _: fuzz.run(),
+}
+
+
+def main() -> None:
+    """Do them, and print figures as JSON, or as lines to read."""
+    parser = argparse.ArgumentParser(prog="python -m tests.faults", description=__doc__)
+    parser.add_argument("scenarios", nargs="*", metavar="SCENARIO", help=f"of {', '.join(SCENARIOS)}; all by default")
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    options = parser.parse_args()
+    if unknown := set(options.scenarios) - SCENARIOS.keys():
+        parser.error(f"unknown: {', '.join(sorted(unknown))}; choose from {', '.join(SCENARIOS)}")
+    warnings.filterwarnings("ignore")
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    found = {}
+    for name in options.scenarios or SCENARIOS:
+        print(f"{name} ...", file=sys.stderr, flush=True)
+        start = time.monotonic()
+        with tempfile.TemporaryDirectory() as scratch:
+            found[name] = SCENARIOS[name](Path(scratch) / name)
+        if isinstance(found[name], dict):
+            found[name].pop("outcomes", None)
+        print(f"{name}: {time.monotonic() - start:.0f} s", file=sys.stderr, flush=True)
+    print(json.dumps(found, indent=1) if options.json else report(found))
+
+
+def report(found: dict[str, Any]) -> str:
+    """The figures in lines to read."""
+    lines = []
+    compared = [one for name in found for one in _each(found[name]) if "different" in one]
+    kills = [found[name] for name in found if "tried" in (found[name] if isinstance(found[name], dict) else {})]
+    if kills:
+        lines.append(f"kills survived / tried: {sum(k['survived'] for k in kills)} / {sum(k['tried'] for k in kills)}")
+    if compared:
+        same = sum(not one["different"] for one in compared)
+        lines.append(f"runs that end bit for bit as those left in peace / tried: {same} / {len(compared)}")
+        lines += [f"  different: {', '.join(one['different'])}" for one in compared if one["different"]]
+    if "stops" in found:
+        right = sum(one["status"] == one["expected"] and bool(one["message"]) for one in found["stops"])
+        lines.append(f"signals answered as documented / sent: {right} / {len(found['stops'])}")
+    if "full_disk" in found:
+        full = found["full_disk"]
+        lines.append(f"disk full: checkpoint of before untouched: {full['untouched']}; said: {full['message']}")
+    if "broken_checkpoint" in found:
+        taken = sum(one["taken"] for one in found["broken_checkpoint"])
+        lines.append(f"broken checkpoints passed over / tried: {taken} / {len(found['broken_checkpoint'])}")
+    if "fuzz" in found:
+        fuzzed = found["fuzz"]
+        lines.append(
+            f"mutated inputs: {fuzzed['inputs']}, of which {fuzzed['refused']} ended in a clear error, "
+            f"{fuzzed['taken']} were taken, {fuzzed['faults']} faults"
+        )
+    for name, one in found.get("cost", {}).items():
+        lines.append(
+            f"a checkpoint of {name} ({one['megabytes']:.0f} MB): {1000 * one['seconds']:.0f} ms, {one['percent']:.2f} % "
+            f"of the time at steps of 5 ms, one in {one['minutes_between']:.1f} minutes"
+        )
+    return "\n".join(lines)
+
+
+def _each(figures: Any) -> list[dict[str, Any]]:
+    return figures if isinstance(figures, list) else [figures]
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,64 @@
+"""Runs that are killed, told to stop, or find no room on the disk, in processes of their own."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+
+@pytest.fixture(scope="module")
+def found():
+    """Figures of the scenarios that every change must pass; ``python -m tests.faults`` has more."""
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.faults", "--json", "kills", "stops", "full_disk", "broken_checkpoint"],
+        cwd=Path(__file__).parents[2],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    return json.loads(done.stdout)
+
+
+def test_a_run_that_is_killed_24_times_ends_bit_for_bit_as_one_left_in_peace(found):
+    kills = found["kills"]
+    assert kills["tried"] == kills["survived"] == 24
+    assert set(kills["killed_in"]) == {"start", "training", "validation", "saving"}
+    assert kills["different"] == []
+    assert kills["left_over"] == []
+    compared = "\n".join(kills["identical"])
+    for name in ("metrics.csv", "last.ckpt: state_dict", "last.ckpt: optimizer_states", "last.ckpt: callbacks",
+                 "last.ckpt: lr_schedulers", "last.ckpt: loops", "best.ckpt: state_dict", "student.pt: model"):  # fmt: skip
+        assert name in compared
+
+
+@pytest.mark.parametrize("number", range(3))
+def test_signals_save_say_so_and_end_with_the_documented_status(found, number):
+    stop = found["stops"][number]
+    assert stop["sent"]
+    assert stop["status"] == stop["expected"]
+    assert "the same command with --ckpt_path=last goes on" in stop["message"]
+    assert stop["different"] == []
+
+
+def test_a_full_disk_costs_no_checkpoint(found):
+    full = found["full_disk"]
+    assert full["status"] == 2
+    assert full["untouched"]
+    assert full["warned"]
+    assert full["left_over"] == []
+    assert "cannot write full/checkpoints/last.ckpt: File too large" in full["message"]
+    assert full["different"] == []
+
+
+@pytest.mark.parametrize("number", range(4))
+def test_a_broken_last_checkpoint_is_named_and_the_newest_whole_one_taken(found, number):
+    broken = found["broken_checkpoint"][number]
+    assert broken["taken"]
+    assert broken["named"] or broken["way"] == "not there"
+    assert broken["different"] == []
