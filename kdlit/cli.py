@@ -32,6 +32,7 @@ from kdlit.callbacks import (
     TeacherCheck,
     print_result,
 )
+from kdlit.callbacks.last_checkpoint import INTERRUPTED
 from kdlit.dashboards import PatientWandbLogger
 from kdlit.files import WholeCheckpointIO, WriteError, alone_in, load_whole
 from kdlit.loggers import RunLogger
@@ -387,6 +388,11 @@ def _new_run_dir(folder: Path) -> str:
     return os.environ[key]
 
 
+def _say_interrupted() -> NoReturn:
+    print("kdlit: interrupted; checkpoints that were there are as they were", file=sys.stderr)
+    sys.exit(INTERRUPTED)
+
+
 def main(args: list[str] | None = None) -> None:
     """Run the command line; mistakes of the user end in one clear message and exit status 2."""
     # A loss or network in a file in the working directory or beside a config can be named by its class_path.
@@ -398,6 +404,12 @@ def main(args: list[str] | None = None) -> None:
     tips.addFilter(lambda record: "Tip:" not in record.getMessage())
     try:
         KdlitCLI(args)
+    except KeyboardInterrupt:
+        _say_interrupted()
+    except SystemExit as stop:
+        if isinstance(stop.__context__, KeyboardInterrupt):  # that Lightning has seen first
+            _say_interrupted()
+        raise
     except Exception as error:
         if (message := config_errors.users_mistake(error)) is None or "KDLIT_TRACEBACK" in os.environ:
             raise

@@ -102,6 +102,8 @@ class RunRecord(SaveConfigCallback):
                 "is no longer the run its folder says it is: set them back, start a new run, or say "
                 "--accept_changes=true"
             )
+        if self._went_on_from and not self._before:
+            rank_zero_warn(f"{trainer.ckpt_path} does not say what it was made with, so nothing was compared")
         if changes:
             rank_zero_warn(f"the run goes on with other settings than before: {_listed(changes)}")
         self._changes = changes

@@ -17,12 +17,13 @@ import torch
 from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.utilities import rank_zero_only
 
+from kdlit.data.sampling import EpochSampler, ResumableLoader
 from kdlit.files import remove_scratch
 from kdlit.loggers import RunLogger
 
 PREEMPTED = 75  # exit status: the run has saved and can go on, "temporary failure" of sysexits.h
 INTERRUPTED = 130  # exit status after Ctrl-C, as of a shell
-_SIGNALS = [getattr(signal, name) for name in ("SIGTERM", "SIGUSR1", "SIGINT") if hasattr(signal, name)]
+_SIGNALS = [getattr(signal, name) for name in ("SIGTERM", "SIGUSR1", "SIGHUP", "SIGINT") if hasattr(signal, name)]
 _AGREE_EVERY = 16  # steps after which several processes agree whether to save or to stop
 
 
@@ -34,9 +35,12 @@ class LastCheckpoint(Checkpoint):
     """Keeps ``last.ckpt``, from which a run goes on as if it had never stopped, and ``previous.ckpt``, the one before.
 
     It is written when an epoch starts and when training ends, within an epoch every few minutes, and always between two
-    steps of the optimizer. SIGTERM and SIGUSR1, by which clusters announce that a job's time is up, and Ctrl-C save
-    after the step at hand and end the process with status 75, or 130 after Ctrl-C; a second Ctrl-C ends it at once. Of
-    several processes the first is asked.
+    steps of the optimizer; within an epoch only if the training data can be taken up there, as that of kdlit can.
+
+    SIGTERM and SIGUSR1, by which clusters announce that a job's time is up, SIGHUP, which a terminal sends when it is
+    closed, and Ctrl-C save after the step at hand and end the process with status 75, or 130 after Ctrl-C; a second
+    Ctrl-C ends it at once. A signal that the process ignores, as under ``nohup``, is left so. Of several processes the
+    first is asked.
 
     Args:
         dirpath: folder of both files.
@@ -100,13 +104,21 @@ class LastCheckpoint(Checkpoint):
         alone = trainer.world_size == 1
         agreed = alone or batch_idx % _AGREE_EVERY == 0 or self.every_n_steps is not None
         # Gradients that no step has taken yet are in no checkpoint.
-        if batch_idx > 0 and agreed and batch_idx % trainer.accumulate_grad_batches == 0:
-            self._act(trainer, self._agreed(trainer, self._is_time(trainer, at_boundary=False)))
+        if batch_idx == 0 or not agreed or batch_idx % trainer.accumulate_grad_batches:
+            return
+        wish = self._agreed(trainer, self._is_time(trainer, at_boundary=False))
+        if can_go_on_within_epoch(trainer):
+            self._act(trainer, wish)
+        elif wish:
+            self._stop(trainer, wish)
 
     def on_validation_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
         """Stop in the middle of a validation, which will then be run again; several processes finish it first."""
         if trainer.state.fn == "fit" and not trainer.sanity_checking and trainer.world_size == 1:
-            self._act(trainer, self.signal)
+            if can_go_on_within_epoch(trainer):
+                self._act(trainer, self.signal)
+            elif self.signal is not None:
+                self._stop(trainer, self.signal)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Save what the run has made."""
@@ -145,9 +157,11 @@ class LastCheckpoint(Checkpoint):
         status = INTERRUPTED if number == signal.SIGINT else PREEMPTED
         why = "Ctrl-C" if number == signal.SIGINT else signal.Signals(number).name
         where = f"epoch {trainer.current_epoch}, step {trainer.global_step}"
+        lost = trainer.global_step - self._step
         rank_zero_only(print)(
-            f"kdlit: stopped by {why} at {where}; the same command with --ckpt_path=last goes on from {self.path} "
-            f"(exit status {status})",
+            f"kdlit: stopped by {why} at {where}; the same command with --ckpt_path=last goes on from {self.path}"
+            + (f", {lost} steps before: this data cannot be taken up within an epoch" if lost else "")
+            + f" (exit status {status})",
             file=sys.stderr,
             flush=True,
         )
@@ -158,7 +172,8 @@ class LastCheckpoint(Checkpoint):
     def _listen(self) -> None:
         self.signal = None
         if threading.current_thread() is threading.main_thread():
-            self._handlers = {number: signal.signal(number, self._note) for number in _SIGNALS}
+            heard = [number for number in _SIGNALS if signal.getsignal(number) != signal.SIG_IGN]
+            self._handlers = {number: signal.signal(number, self._note) for number in heard}
 
     def _ignore(self) -> None:
         for number, handler in self._handlers.items():
@@ -220,6 +235,19 @@ class LastCheckpoint(Checkpoint):
         """Likewise of a run that was killed before it had a checkpoint."""
         if not trainer.ckpt_path:
             _forget(trainer, 0)
+
+
+def can_go_on_within_epoch(trainer: L.Trainer) -> bool:
+    """Whether the training data can be taken up in the middle of an epoch, at the very next batch.
+
+    Args:
+        trainer: one that trains.
+    """
+    loader = trainer.fit_loop._combined_loader
+    return all(
+        isinstance(one.sampler, EpochSampler) if isinstance(one, ResumableLoader) else hasattr(one, "load_state_dict")
+        for one in ([] if loader is None else loader.flattened)
+    )
 
 
 def _forget(trainer: L.Trainer, step: int) -> None:

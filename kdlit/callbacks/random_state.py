@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import lightning as L
 import torch
 
+from kdlit.callbacks.last_checkpoint import can_go_on_within_epoch
 from kdlit.modules.streams import as_plain, from_plain, read_generators, set_generators
 
 
@@ -35,5 +36,7 @@ class RandomState(L.Callback):
             return
         saved, self._saved = self._saved, {}
         set_generators(from_plain(saved))
+        if not can_go_on_within_epoch(trainer):
+            iter(cast("Any", trainer.fit_loop._data_fetcher))  # draws the order of the epoch that begins
         if len(saved["cuda"]) == torch.cuda.device_count():
             torch.cuda.set_rng_state_all([state.cpu() for state in saved["cuda"]])

@@ -82,7 +82,7 @@ def launch(folder: Path, *arguments: str, clock: Path | None = None, before: Cal
         os.environ.pop("KDLIT_RUN_DIR", None)
         if clock is not None:
             os.environ["KDLIT_TEST_CLOCK"] = str(clock)
-        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP):
             signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
         torch.set_num_threads(1)
         if before is not None:
@@ -226,7 +226,12 @@ def kills(folder: Path, number: int = 24, seed: int = 0, overrides: tuple[str, .
     }
 
 
-STOPS = (("SIGTERM", "validation", 75), ("SIGUSR1", "training", 75), ("SIGINT", "training", 130))
+STOPS = (
+    ("SIGTERM", "validation", 75),
+    ("SIGUSR1", "training", 75),
+    ("SIGHUP", "training", 75),
+    ("SIGINT", "training", 130),
+)
 
 
 def stops(folder: Path, overrides: tuple[str, ...] = ()) -> list[dict[str, Any]]:

@@ -37,7 +37,7 @@ def test_a_run_that_is_killed_24_times_ends_bit_for_bit_as_one_left_in_peace(fou
         assert name in compared
 
 
-@pytest.mark.parametrize("number", range(3))
+@pytest.mark.parametrize("number", range(4))
 def test_signals_save_say_so_and_end_with_the_documented_status(found, number):
     stop = found["stops"][number]
     assert stop["sent"]
