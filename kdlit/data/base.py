@@ -18,7 +18,15 @@ from torch.utils.data import DataLoader
 from torchvision.transforms import v2
 
 from kdlit.data.inputs import Interpolation, NetworkInput, Views
-from kdlit.data.sampling import EpochDataset, EpochLoader, EpochSampler, ResumableLoader, Samples, generator
+from kdlit.data.sampling import (
+    EpochDataset,
+    EpochLoader,
+    EpochSampler,
+    ResumableLoader,
+    Samples,
+    generator,
+    start_worker,
+)
 from kdlit.data.transforms import crop_and_flip, cutout, one_by_one
 from kdlit.fingerprint import of_tensors
 from kdlit.types import Batch
@@ -199,6 +207,7 @@ class SplitDataModule(L.LightningDataModule):
             num_workers=self.num_workers,
             pin_memory=torch.cuda.is_available() and dataset.device.type == "cpu",
             collate_fn=partial(_whole, _as_it_is),
+            worker_init_fn=start_worker,
             generator=torch.Generator(),
         )
 
@@ -226,6 +235,7 @@ class SplitDataModule(L.LightningDataModule):
             persistent_workers=self.num_workers > 0,
             pin_memory=torch.cuda.is_available() and dataset.device.type == "cpu",
             collate_fn=partial(_whole, self.collate),
+            worker_init_fn=start_worker,
             generator=torch.Generator(),  # otherwise each pass draws from the generator that dropout draws from
         )
 

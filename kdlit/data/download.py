@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import errno
+import gzip
 import hashlib
+import lzma
 import shutil
 import ssl
 import stat
@@ -30,7 +32,18 @@ from kdlit.data.base import PictureDataModule, Pictures
 _CHUNK = 2**20
 _TIMEOUT = 60  # seconds without a byte
 _NETWORK_ERRORS = (URLError, HTTPException, TimeoutError, ConnectionError, ssl.SSLError)
-_DAMAGED = (tarfile.TarError, zipfile.BadZipFile, zlib.error, EOFError)
+# What unpacking a damaged archive, or one of a kind that Python cannot read, raises.
+_DAMAGED = (
+    tarfile.TarError,
+    zipfile.BadZipFile,
+    gzip.BadGzipFile,
+    lzma.LZMAError,
+    zlib.error,
+    EOFError,
+    NotImplementedError,
+    RuntimeError,
+    UnicodeError,
+)
 _MAGIC = {b"\x1f\x8b\x08": "a gzip archive", b"PK\x03\x04": "a zip archive", b"BZh": "a bzip2 archive"}
 
 
@@ -115,9 +128,17 @@ def _download(url: str, path: Path, digest: str) -> None:
 
 def _unpack(archive: Path, folder: Path, url: str) -> None:
     """Unpack a zip or tar archive that is not trusted: plain files and folders alone, and none outside ``folder``."""
+    free, unpacked = shutil.disk_usage(archive.parent).free, 0
+
+    def count(size: int) -> None:
+        nonlocal unpacked
+        unpacked += size
+        if unpacked > free:
+            raise OSError(errno.ENOSPC, f"it unpacks to more than the {free} bytes that are free")
 
     def checked(member: tarfile.TarInfo, path: str) -> tarfile.TarInfo | None:
         _refuse(member.name, not (member.isfile() or member.isdir()), url)
+        count(member.size)
         return tarfile.data_filter(member, path)
 
     try:
@@ -127,6 +148,7 @@ def _unpack(archive: Path, folder: Path, url: str) -> None:
             with zipfile.ZipFile(archive) as zipped:
                 for member in zipped.infolist():
                     _refuse(member.filename, stat.S_ISLNK(member.external_attr >> 16), url)
+                    count(member.file_size)
                 zipped.extractall(folder)
         else:
             with tarfile.open(archive) as tarred:
@@ -137,7 +159,14 @@ def _unpack(archive: Path, folder: Path, url: str) -> None:
 
 def _refuse(name: str, special: bool, url: str) -> None:
     windows = PureWindowsPath(name)  # splits at both kinds of slashes
-    if special or windows.drive or windows.root or PurePosixPath(name).is_absolute() or ".." in windows.parts:
+    if (
+        special
+        or "\0" in name
+        or windows.drive
+        or windows.root
+        or PurePosixPath(name).is_absolute()
+        or ".." in windows.parts
+    ):
         raise ValueError(f"the archive {url} is refused: {name!r} in it is a link or device or leads out of the folder")
 
 
@@ -260,6 +289,8 @@ class PublishedDataModule(PictureDataModule):
         path = (self.folder / name).absolute()
         if path.is_dir():
             raise ValueError(f"{path} is a folder, but must be a file of {self.archive.title}")
+        if not path.is_file() and _exists(path):  # a pipe would be waited for
+            raise ValueError(f"{path} is a device or pipe, but must be a file of {self.archive.title}")
         try:
             raw = path.read_bytes()
         except OSError as error:

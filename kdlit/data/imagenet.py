@@ -15,7 +15,7 @@ from torchvision.transforms import InterpolationMode, v2
 
 from kdlit.data.base import SplitDataModule, check_at_least, without_addresses
 from kdlit.data.inputs import Interpolation, NetworkInput, Views
-from kdlit.data.photographs import BrokenPhotograph, Photographs, list_photographs, read_photograph
+from kdlit.data.photographs import BrokenPhotograph, LostPhotograph, Photographs, list_photographs, read_photograph
 from kdlit.data.sampling import EpochDataset
 from kdlit.data.transforms import one_by_one
 from kdlit.fingerprint import of_files
@@ -42,8 +42,8 @@ class ImageNet(SplitDataModule):
         interpolation: how pictures are scaled.
         classes: file that names the class folders, one a line, in the order in which to number them; by default all
             folders, by name.
-        broken: what to do about a file that cannot be decoded: ``"raise"`` an error that names it, or ``"skip"`` it,
-            with a warning that names it and a count at the end.
+        broken: what to do about a file that cannot be decoded, or has vanished since the pictures were listed:
+            ``"raise"`` an error that names it, or ``"skip"`` it, with a warning that names it and a count at the end.
         batch_size: pictures a training step, on each device.
         num_workers: processes that decode pictures.
         **kwargs: of :class:`~kdlit.data.SplitDataModule`: splits, subsets, label noise, views and batches.
@@ -94,7 +94,9 @@ class ImageNet(SplitDataModule):
         """
         if self.datasets:
             return
-        order = None if self.classes is None else self.classes.read_text().split()
+        order = None if self.classes is None else _read_text(self.classes).split()
+        if order == []:
+            raise ValueError(f"{self.classes} names no class; write one a line, or set --data.classes to null")
         if twice := [name for name, count in Counter(order).items() if count > 1]:
             raise ValueError(f"{self.classes} names {', '.join(twice[:5])} more than once")
         train = list_photographs(self.root / "train", order)
@@ -123,6 +125,15 @@ class ImageNet(SplitDataModule):
                     f"{skipped} of {len(dataset)} {split} pictures could not be decoded and were skipped; figures for "
                     f"{split} are over the others"
                 )
+
+
+def _read_text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(
+            f"cannot read {path.absolute()}: {error}; it must be text, with a class folder a line"
+        ) from None
 
 
 class PhotographDataset(EpochDataset):
@@ -189,7 +200,7 @@ class PhotographDataset(EpochDataset):
     def _decode(self, index: int) -> Tensor | None:
         try:
             return read_photograph(self.photographs.path(int(self.positions[index])))
-        except BrokenPhotograph as error:
+        except (BrokenPhotograph, LostPhotograph) as error:
             if self.data.broken == "raise":
                 raise
             if not self.broken[index]:

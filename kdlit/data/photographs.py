@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import io
 import os
 import re
+import stat
 import sys
 import time
 from array import array
@@ -30,8 +32,18 @@ ARCHIVES = (".tar", ".tar.gz", ".tgz", ".zip")
 ILSVRC2012 = "385e0240499426c022b773be1ae4da780f057b89c9694c7f47199f62746b6edd"
 
 
+# What a picture file may hold, whatever its name; Pillow knows more, and starts Ghostscript for one of them.
+_FORMATS = ("JPEG", "PNG", "PPM", "BMP", "DIB", "TIFF", "WEBP", "GIF")
+_MOST_PIXELS = 2**27  # a small file can claim any number
+_OF_ONE_FILE = (errno.ENOENT, errno.EACCES, errno.EPERM, errno.EISDIR, errno.ELOOP)
+
+
 class BrokenPhotograph(ValueError):  # noqa: N818 - the name says what it is
     """A picture file that is no picture, or only part of one; the message names it."""
+
+
+class LostPhotograph(ValueError):  # noqa: N818 - likewise
+    """A picture file that has vanished, or must not be read, while those around it are there; the message names it."""
 
 
 @dataclass
@@ -99,6 +111,10 @@ def list_photographs(folder: Path, classes: Sequence[str] | None = None) -> Phot
         raise ValueError(
             f"cannot list the pictures in {folder}: this user may not read {error.filename}; change its permissions"
         ) from None
+    except OSError as error:
+        if error.errno not in (errno.ELOOP, errno.ENAMETOOLONG):  # such as that there is no such folder
+            raise
+        raise ValueError(f"cannot list the pictures in {folder}: {error.strerror} at {error.filename}") from None
     if empty := [name for name, count in zip(class_names, counts, strict=True) if not count]:
         raise ValueError(
             f"class folders without a picture in {folder}: {_few(empty)}; fill or remove them (pictures are files in "
@@ -118,14 +134,17 @@ def read_photograph(path: str | Path) -> Tensor:
     """Decode a picture file: :func:`decode_photograph` of its bytes.
 
     Raises:
-        ValueError: If the file cannot be read: :class:`BrokenPhotograph` if it can, but not decoded whole.
+        ValueError: If the file cannot be read: :class:`LostPhotograph` if its folder is there, and
+            :class:`BrokenPhotograph` if it can be read, but not decoded whole.
     """
     try:
+        if not stat.S_ISREG(os.stat(path).st_mode):  # a pipe would be waited for
+            raise BrokenPhotograph(f"cannot decode {path}: not a regular file; replace or remove it")
         data = Path(path).read_bytes()
     except OSError as error:
-        raise ValueError(
-            f"cannot read {path}: {error.strerror}; the folder may have changed since it was listed"
-        ) from None
+        message = f"cannot read {path}: {error.strerror}; the folder may have changed since it was listed"
+        alone = error.errno in _OF_ONE_FILE and Path(path).parent.is_dir()  # else the disk may be gone
+        raise (LostPhotograph if alone else ValueError)(message) from None
     return decode_photograph(data, path)
 
 
@@ -142,15 +161,19 @@ def decode_photograph(data: bytes, name: str | Path) -> Tensor:
         uint8, shape ``(3, H, W)``; the channels are last in memory, which makes scaling fast.
 
     Raises:
-        BrokenPhotograph: If the data is no picture or only part of one.
+        BrokenPhotograph: If the data is no picture, only part of one, or one of more than 2^27 pixels.
     """
     try:
-        if simplejpeg.decode_jpeg_header(data)[2] in ("YCbCr", "Gray"):  # it turns others into RGB in another way
+        height, width, colours, _ = simplejpeg.decode_jpeg_header(data)
+        # it turns other colours into RGB in another way
+        if colours in ("YCbCr", "Gray") and height * width <= _MOST_PIXELS:
             return torch.from_numpy(simplejpeg.decode_jpeg(data, "RGB")).permute(2, 0, 1)
     except ValueError:
         pass  # no JPEG or one that PIL may know, or will say more clearly what is wrong with
     try:
-        with Image.open(io.BytesIO(data)) as picture:
+        with Image.open(io.BytesIO(data), formats=_FORMATS) as picture:
+            if picture.width * picture.height > _MOST_PIXELS:
+                raise ValueError(f"it claims {picture.width}x{picture.height} pixels, more than {_MOST_PIXELS}")
             return torch.from_numpy(np.array(picture.convert("RGB"))).permute(2, 0, 1)
     except Exception as error:  # PIL raises OSError, SyntaxError, struct.error and more for broken files
         reason = "it is empty" if not data else "not a picture" if isinstance(error, UnidentifiedImageError) else error
@@ -219,10 +242,19 @@ def _pictures(folder: Path, class_name: str) -> Iterator[str]:
 
     top = os.path.join(folder, class_name)
     skip = len(top) - len(class_name)
-    for place, _, files in sorted(os.walk(top, followlinks=True, onerror=fail)):
+    for place, _, files in sorted(_without_loops(os.walk(top, followlinks=True, onerror=fail))):
         for name in sorted(files):
             if name.lower().endswith(IMG_EXTENSIONS):
                 yield os.path.join(place, name)[skip:]
+
+
+def _without_loops(walk: Iterable[tuple[str, list[str], list[str]]]) -> Iterator[tuple[str, list[str], list[str]]]:
+    """Refuse a link to a folder that it lies in: two of them would be followed without end."""
+    for place, folders, files in walk:
+        for link in (path for path in (os.path.join(place, name) for name in folders) if os.path.islink(path)):
+            if os.path.join(os.path.realpath(place), "").startswith(os.path.join(os.path.realpath(link), "")):
+                raise ValueError(f"{link} is a link to a folder that it lies in; remove it")
+        yield place, folders, files
 
 
 def _with_progress(class_names: list[str], folder: Path) -> Iterable[str]:

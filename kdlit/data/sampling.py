@@ -7,13 +7,20 @@ and a run that stopped in the middle of an epoch goes on with the very next batc
 
 from __future__ import annotations
 
+import os
+import re
+import signal
+import threading
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, cast
 
 import numpy as np
 import torch
+from lightning.fabric.utilities.seed import pl_worker_init_function
 from torch import Tensor
+from torch._C import _error_if_any_worker_fails
 from torch.utils.data import DataLoader, Dataset
 from torch.utils.data.distributed import DistributedSampler
 
@@ -187,13 +194,17 @@ class EpochDataset(Dataset[Batch]):
 
 
 class EpochLoader(DataLoader[Batch]):
-    """A DataLoader that asks its sampler for the first time when the first batch is wanted, not before."""
+    """A DataLoader that asks its sampler for the first time when the first batch is wanted, not before.
+
+    Raises:
+        WorkerDiedError: If a worker process dies, also in the middle of a step.
+    """
 
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
-        try:
-            yield from super().__iter__()
-        except ValueError as error:
-            raise without_worker(error) from None
+        with clear_errors():
+            batches = super().__iter__()
+            watch_workers()
+            yield from batches
 
 
 class ResumableLoader(EpochLoader):
@@ -205,6 +216,99 @@ class ResumableLoader(EpochLoader):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Nothing to take up."""
+
+
+class WorkerDiedError(OSError):
+    """A process that prepares batches has died; the message says which, how and what to do."""
+
+
+_WORKER = re.compile(r"DataLoader worker \(pid(?:\(s\))? ([\d, ]+)\)(?:.*killed by signal: ([\w ]+))?")
+_GRACE = 30  # seconds that a worker goes on after the first SIGTERM
+
+
+def start_worker(worker: int) -> None:
+    """Let a worker process leave it to the main one when to end: what clusters and terminals send goes to all of them.
+
+    SIGINT and SIGUSR1 are ignored. A first SIGTERM is obeyed after half a minute, in which the main process can finish
+    its step, save and end its workers; a second one at once.
+
+    Args:
+        worker: number of the worker.
+    """
+    for name in ("SIGINT", "SIGUSR1"):
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), signal.SIG_IGN)
+    if hasattr(signal, "alarm"):
+        signal.signal(signal.SIGTERM, _end_soon)
+    if int(os.environ.get("PL_SEED_WORKERS", 0)):  # what Lightning does for loaders without such a function
+        pl_worker_init_function(worker)
+
+
+def _end_soon(*_: object) -> None:
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.alarm(_GRACE)
+
+
+def watch_workers() -> None:
+    """Say clearly that a worker has died, whatever the main process is doing then.
+
+    torch has a handler of SIGCHLD for that, which breaks into any line of the program with a RuntimeError, but only
+    until a trainer has put back, at its end, the handlers that it had found.
+    """
+    if threading.current_thread() is not threading.main_thread() or not hasattr(signal, "SIGCHLD"):
+        return
+    known: Any = signal.getsignal(signal.SIGCHLD)
+    if getattr(known, "__module__", "") == __name__:
+        return
+
+    def tell(number: int, frame: Any) -> None:
+        try:
+            _error_if_any_worker_fails()
+            if callable(known):
+                known(number, frame)
+        except RuntimeError as error:
+            raise death_of_worker(str(error)) from None
+
+    signal.signal(signal.SIGCHLD, tell)
+
+
+@contextmanager
+def clear_errors() -> Iterator[None]:
+    """Say what was wrong in a worker without its traceback, or that it has died.
+
+    Raises:
+        ValueError: If the data was wrong.
+        WorkerDiedError: If a worker has died.
+    """
+    try:
+        yield
+    except ValueError as error:
+        raise without_worker(error) from None
+    except RuntimeError as error:
+        if isinstance(error.__cause__, WorkerDiedError):  # torch found it once more, and knows less
+            raise error.__cause__ from None
+        if not _WORKER.search(str(error)):
+            raise
+        raise death_of_worker(str(error)) from None
+
+
+def death_of_worker(message: str) -> WorkerDiedError:
+    """An error that says more than torch does about a worker that died."""
+    found = _WORKER.search(message)
+    pids, how = (found[1], found[2] or "") if found else ("unknown", "")
+    causes = {
+        "Killed": "most likely the system ran out of memory and ended it (dmesg tells)",
+        "Bus error": "most likely the shared memory in /dev/shm is full (df -h /dev/shm; docker run --shm-size=8g)",
+        "Segmentation fault": "a library that it called has crashed, such as a decoder on a damaged file",
+        "Terminated": "somebody ended it, such as the scheduler of a cluster",
+        "Alarm clock": "somebody ended it, such as the scheduler of a cluster",
+    }
+    cause = causes.get(how, "too little memory or shared memory (/dev/shm), or a library that crashed")
+    ended = f"was ended by signal {how}" if how else "ended unexpectedly"
+    return WorkerDiedError(
+        f"a process that prepares batches (data-loading worker, pid {pids}) {ended}: {cause}. Set a smaller "
+        "--data.num_workers, or 0 to see where it happens, or a smaller batch size, and go on with --ckpt_path=last"
+    )
 
 
 def without_worker(error: ValueError) -> ValueError:

@@ -28,7 +28,7 @@ from kdlit.data.base import check_at_least, hold_out
 from kdlit.data.imagenet import Transform, photograph_transforms
 from kdlit.data.inputs import Interpolation, NetworkInput, Views
 from kdlit.data.photographs import BrokenPhotograph, Photographs, decode_photograph, list_photographs
-from kdlit.data.sampling import without_worker
+from kdlit.data.sampling import clear_errors, start_worker, watch_workers
 from kdlit.types import Batch
 
 try:
@@ -251,6 +251,7 @@ class StreamedPhotographs(L.LightningDataModule):
             num_workers=self.num_workers,
             pin_memory=torch.cuda.is_available(),
             collate_fn=_Collate(self.views),
+            worker_init_fn=start_worker,
         )
         return cast("DataLoader[Batch]", loader)
 
@@ -259,12 +260,11 @@ class _Loader(StreamingDataLoader):  # type: ignore[misc]
     """Begins a new epoch after a resumed one; litdata's own does so only for those who ask for one batch too many."""
 
     def __iter__(self) -> Iterator[Any]:
-        try:
+        with clear_errors():
             for batch in super().__iter__():
+                watch_workers()
                 self.restore = False
                 yield batch
-        except ValueError as error:
-            raise without_worker(error) from None
 
 
 class _Decoder:

@@ -100,6 +100,9 @@ class DistillationModule(L.LightningModule):
         for name, term in terms.items():
             if self.teacher is None and term.needs_teacher:
                 raise ValueError(f"losses.{name} ({type(term.loss).__name__}) needs a teacher, but teacher is None")
+        for name, size in (("input_size", input_size), ("teacher_input_size", teacher_input_size)):
+            if size is not None and (len(size) != 3 or min(size) < 1):
+                raise ValueError(f"{name} must be (channels, height, width), each at least 1, got {size!r}")
         self._channels = input_size[0]
         example = torch.zeros(1, *input_size)
         teacher_example = torch.zeros(1, *(teacher_input_size or input_size))
