@@ -31,15 +31,17 @@ import difflib
 import io
 import json
 import re
+import signal
 import subprocess
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn
 
 import yaml
 
+_STOPPED = (75, 130)  # exit statuses of a run that a signal told to stop, and that has saved
 _SET_BY_THE_CHAIN = ("config", "run_dir", "ckpt_path", "print_config")
 
 
@@ -117,7 +119,12 @@ class Link:
         cure = f"name another --run_dir, or delete {self.folder} to train it again"
         if not (self.folder / "link.yaml").exists():
             raise ChainError(f"link {self.name!r}: {self.folder} holds a run that is not of a chain; {cure}")
-        before = yaml.safe_load((self.folder / "link.yaml").read_text(encoding="utf-8"))
+        try:
+            before = yaml.safe_load((self.folder / "link.yaml").read_text(encoding="utf-8"))
+        except (OSError, yaml.YAMLError, ValueError) as error:
+            raise ChainError(
+                f"link {self.name!r}: {self.folder / 'link.yaml'} is damaged: {' '.join(str(error).split())}; {cure}"
+            ) from None
         if before != self.config:
             raise ChainError(
                 f"link {self.name!r} was trained with another config: {_differences(before, self.config)}; {cure}"
@@ -132,20 +139,38 @@ class Link:
 
         Raises:
             ChainError: If it fails.
+            SystemExit: If a signal told it to stop; it has said so itself.
         """
         from kdlit.files import write_whole
 
         text = yaml.safe_dump(self.config, sort_keys=False).encode()
         write_whole(self.folder / "link.yaml", lambda file: file.write(text))
-        if not self.has_begun:
-            (self.folder / "metrics.csv").unlink(missing_ok=True)  # of a run that ended before its first checkpoint
         options = ["--config", str(self.folder / "link.yaml"), "--run_dir", str(self.folder), "--ckpt_path=last"]
-        status = subprocess.run([sys.executable, "-m", "kdlit", "fit", *options]).returncode
+        process = subprocess.Popen([sys.executable, "-m", "kdlit", "fit", *options])
+        with _passed_on_to(process):
+            status = process.wait()
+        if status in _STOPPED:
+            said = f"link {self.name!r} was stopped; kdlit chain with the same arguments goes on"
+            print(f"kdlit: {said}", file=sys.stderr)
+            sys.exit(status)
         if status or not self.is_finished:
             raise ChainError(
                 f"link {self.name!r} failed with exit status {status}; what it has done is in {self.folder}, and the "
                 "same command goes on from there"
             )
+
+
+@contextlib.contextmanager
+def _passed_on_to(process: subprocess.Popen[bytes]) -> Iterator[None]:
+    """Let a process answer the signals that this one gets; a terminal sends Ctrl-C to both."""
+    numbers = [getattr(signal, name) for name in ("SIGTERM", "SIGUSR1", "SIGHUP") if hasattr(signal, name)]
+    handlers = {number: signal.signal(number, lambda given, _: process.send_signal(given)) for number in numbers}
+    handlers[signal.SIGINT] = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
 
 
 def read_chain(path: Path, run_dir: str | None = None) -> list[Link]:
@@ -161,11 +186,15 @@ def read_chain(path: Path, run_dir: str | None = None) -> list[Link]:
     Raises:
         ChainError: If a file is missing, a key unknown, or a teacher neither an earlier link nor a network.
     """
+    from kdlit.config_errors import check_yaml  # not before it is needed: it loads torch
+
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
+        check_yaml(text)
+        content = yaml.safe_load(text)
     except OSError as error:
         raise ChainError(f"{path}: cannot be read: {error.strerror}") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, ValueError) as error:  # the latter for a date that is none
         raise ChainError(f"{path}: is not YAML: {' '.join(str(error).split())}") from None
     chain = _mapping(content, str(path), ("run_dir", "links"))
     if not isinstance(chain.get("links"), dict) or not chain["links"]:
@@ -278,6 +307,9 @@ def print_chain(links: Sequence[Link]) -> None:
 
     Args:
         links: finished links.
+
+    Raises:
+        ChainError: If what one of them left is damaged.
     """
     import torch
     from rich.console import Console
@@ -287,13 +319,19 @@ def print_chain(links: Sequence[Link]) -> None:
     for column in table.columns:
         column.overflow = "fold"
     for link in links:
-        exported = torch.load(link.exported, map_location="cpu", weights_only=True)
-        top1 = exported["metrics"].get("val/top1")
+        try:
+            exported = torch.load(link.exported, map_location="cpu", weights_only=True)
+            top1, parameters = exported["metrics"].get("val/top1"), exported["num_parameters"]
+        except Exception as error:  # a damaged file can raise almost anything
+            raise ChainError(
+                f"link {link.name!r}: {link.exported} is damaged ({type(error).__name__}); delete {link.folder} to "
+                "train it again"
+            ) from None
         settings = ", ".join(f"{key}={value}" for key, value in link.student.get("init_args", {}).items())
         table.add_row(
             link.name,
             f"{link.student['class_path'].rpartition('.')[2]}({settings})",
-            f"{exported['num_parameters']:,}",
+            f"{parameters:,}",
             "-" if top1 is None else f"{100 * top1:.2f}",
             str(link.folder),
         )
@@ -328,9 +366,10 @@ def main(args: Sequence[str] | None = None) -> None:
                 link.train()
         except ChainError as error:
             _stop(str(error), 1)
-        except KeyboardInterrupt:
-            _stop(f"interrupted in link {link.name!r}; the same command goes on from its last epoch", 130)
-    print_chain(links)
+    try:
+        print_chain(links)
+    except ChainError as error:
+        _stop(str(error), 1)
 
 
 def _stop(message: str, status: int) -> NoReturn:

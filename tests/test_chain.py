@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -154,14 +157,34 @@ def test_a_run_that_is_not_of_a_chain_is_left_alone(project, kdlit_cli):
     assert out.endswith("exit 2")
 
 
-def test_ctrl_c_says_how_to_go_on(project, kdlit_cli, monkeypatch):
-    def interrupt(*_):
-        raise KeyboardInterrupt
+CHILD = """
+import pathlib, signal, sys, time
+signal.signal(signal.SIGTERM, lambda *_: sys.exit(75))
+pathlib.Path("ready").touch()
+time.sleep(60)
+"""
 
-    monkeypatch.setattr("kdlit.chain.subprocess.run", interrupt)
+
+def test_signals_are_passed_on_and_the_status_is_that_of_the_link(project, kdlit_cli, monkeypatch):
+    start = subprocess.Popen
+
+    def started(command, **kwargs):
+        assert command[1:4] == ["-m", "kdlit", "fit"]
+        process = start([sys.executable, "-c", CHILD])
+        threading.Thread(target=stop, daemon=True).start()
+        return process
+
+    def stop():
+        while not Path("ready").exists():
+            time.sleep(0.01)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr("kdlit.chain.subprocess.Popen", started)
+    before = signal.getsignal(signal.SIGTERM)
     out = kdlit_cli("chain", "--config", "chains/chain.yaml")
-    assert "interrupted in link 'teacher'; the same command goes on" in out
-    assert out.endswith("exit 130")
+    assert "link 'teacher' was stopped; kdlit chain with the same arguments goes on" in out
+    assert out.endswith("exit 75")
+    assert signal.getsignal(signal.SIGTERM) == before
 
 
 def test_a_link_may_have_a_teacher_of_its_configs_another_or_none(project):
