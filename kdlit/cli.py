@@ -34,7 +34,7 @@ from kdlit.callbacks import (
 )
 from kdlit.callbacks.last_checkpoint import INTERRUPTED
 from kdlit.dashboards import PatientWandbLogger
-from kdlit.files import WholeCheckpointIO, WriteError, alone_in, load_whole
+from kdlit.files import WholeCheckpointIO, WriteError, alone_in, load_whole, remove_scratch
 from kdlit.loggers import RunLogger
 from kdlit.modules import DistillationModule
 from kdlit.modules.many_students import own_values
@@ -250,6 +250,10 @@ class KdlitCLI(LightningCLI):
         made = [folder for folder in made if not folder.exists()]
         try:
             with alone_in(run) if self.trainer.is_global_zero else contextlib.nullcontext():
+                if self.trainer.is_global_zero:
+                    for folder in folders:
+                        remove_scratch(folder)
+                        remove_scratch(folder / "checkpoints")
                 self.trainer.fit(**kwargs)
         except BaseException:
             if run in made and self.trainer.is_global_zero and not list(run.glob("checkpoints/*")):

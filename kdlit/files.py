@@ -29,7 +29,7 @@ def write_whole(path: str | Path, write: Callable[[IO[bytes]], object]) -> None:
         WriteError: If the disk is full, a quota is reached, or the folder cannot be written to.
     """
     path = Path(path)
-    scratch = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    scratch = scratch_for(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
@@ -55,13 +55,22 @@ def _of_the_system(error: BaseException | None) -> OSError | None:
     return error
 
 
+def scratch_for(path: Path) -> Path:
+    """The name under which this process writes a file before it is whole.
+
+    Args:
+        path: its final name.
+    """
+    return path.with_name(f".{path.name}.{os.getpid()}.kdlit")
+
+
 def remove_scratch(folder: Path) -> None:
     """Remove what a process that was killed while it wrote has left; nobody else may be writing there.
 
     Args:
-        folder: where :func:`write_whole` wrote.
+        folder: that of the files it wrote.
     """
-    for left in folder.glob(".*.tmp"):
+    for left in folder.glob(".*.kdlit"):
         left.unlink(missing_ok=True)
 
 

@@ -44,6 +44,7 @@ class Watch(DistillationLoss):
 
 PLAIN = """
 trainer: {max_epochs: 4, accelerator: cpu, enable_progress_bar: false}
+last: {every_n_steps: 1}
 data: {class_path: tests.conftest.TinyData}
 torch_threads: 1
 model:

@@ -103,6 +103,13 @@ class Net(L.LightningModule):
         return torch.optim.SGD(self.parameters(), lr=0.1)
 
 
+@pytest.fixture(autouse=True)
+def _without_a_run_of_other_tests():
+    if wandb.run is not None:
+        wandb.finish()
+    wandb.teardown()
+
+
 @pytest.fixture
 def online(monkeypatch, tmp_path):
     """Point W&B to a server, with a key, all limits being short; gives the place where runs lie."""

@@ -67,7 +67,7 @@ def test_broken_files_are_told_from_whole_ones(tmp_path):
 
 
 def test_what_a_killed_process_left_is_removed(tmp_path):
-    for name in (".last.ckpt.12.tmp", "last.ckpt", ".hidden"):
+    for name in (".last.ckpt.12.kdlit", "last.ckpt", ".hidden"):
         (tmp_path / name).write_text("x")
     remove_scratch(tmp_path)
     assert {path.name for path in tmp_path.iterdir()} == {"last.ckpt", ".hidden"}

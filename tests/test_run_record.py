@@ -85,6 +85,18 @@ def test_what_computes_nothing_may_change(run):
     assert "after epoch 2" in out
 
 
+def test_a_folder_that_was_moved_keeps_its_best(run):
+    Path("run").rename("elsewhere")
+    longer = ("--trainer.max_epochs=3", "--model.optimizer=torch.optim.SGD", "--model.optimizer.lr=0.0")
+    out = run("fit", "--config=run.yaml", "--run_dir=elsewhere", "--ckpt_path=last", *longer, "--accept_changes=true")
+    assert "dirpath has changed" not in out
+    before = torch.load("elsewhere/checkpoints/best.ckpt", weights_only=True)["global_step"]
+    assert before <= 8, "an epoch that learned nothing was taken for the best"
+    state = torch.load("elsewhere/checkpoints/last.ckpt", weights_only=True)["callbacks"]
+    (best,) = (own for own in state.values() if "best_model_score" in own)
+    assert best["best_model_path"].endswith("elsewhere/checkpoints/best.ckpt")
+
+
 def test_hyperparameters_never_come_from_the_checkpoint(run):
     out = run("fit", "--config=run.yaml", "--ckpt_path=run/checkpoints/last.ckpt", "--run_dir=other",
               "--model.losses.kd.weight=0.5", "--trainer.max_epochs=3", "--accept_changes=true")  # fmt: skip

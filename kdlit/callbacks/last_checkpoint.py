@@ -14,11 +14,11 @@ from typing import Any
 
 import lightning as L
 import torch
-from lightning.pytorch.callbacks import Checkpoint
+from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint
 from lightning.pytorch.utilities import rank_zero_only
 
 from kdlit.data.sampling import EpochSampler, ResumableLoader
-from kdlit.files import remove_scratch
+from kdlit.files import remove_scratch, scratch_for
 from kdlit.loggers import RunLogger
 
 PREEMPTED = 75  # exit status: the run has saved and can go on, "temporary failure" of sysexits.h
@@ -205,7 +205,7 @@ class LastCheckpoint(Checkpoint):
         """Write the files; whoever keeps more than these does so here."""
         if trainer.is_global_zero and self.path.exists():
             with contextlib.suppress(OSError):  # not every file system has links
-                scratch = self.path.with_name(f".previous.{os.getpid()}.tmp")
+                scratch = scratch_for(self.path)
                 os.link(self.path, scratch)
                 scratch.replace(self.path.with_name("previous.ckpt"))
                 scratch.unlink(missing_ok=True)  # it stays if both were the same file before
@@ -227,9 +227,12 @@ class LastCheckpoint(Checkpoint):
             _settle(checkpoint["loops"]["fit_loop"], trainer)
 
     def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Forget what was logged about steps that will be run again."""
+        """Forget what was logged about steps that will be run again, and find the best in a folder that was moved."""
         if trainer.state.fn == "fit":
             _forget(trainer, checkpoint["global_step"])
+            for callback in trainer.checkpoint_callbacks:
+                if isinstance(callback, ModelCheckpoint) and callback.state_key in checkpoint["callbacks"]:
+                    _follow(checkpoint["callbacks"][callback.state_key], str(callback.dirpath))
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Likewise of a run that was killed before it had a checkpoint."""
@@ -248,6 +251,18 @@ def can_go_on_within_epoch(trainer: L.Trainer) -> bool:
         isinstance(one.sampler, EpochSampler) if isinstance(one, ResumableLoader) else hasattr(one, "load_state_dict")
         for one in ([] if loader is None else loader.flattened)
     )
+
+
+def _follow(state: dict[str, Any], folder: str) -> None:
+    """Let the state of a ModelCheckpoint name its files where they are now, if they are there."""
+
+    def moved(path: str) -> str:
+        return os.path.join(folder, os.path.relpath(path, state["dirpath"])) if path else path
+
+    files = {moved(path): score for path, score in state["best_k_models"].items()}
+    if all(map(os.path.exists, files)):
+        names = ("best_model_path", "kth_best_model_path", "last_model_path")
+        state.update({name: moved(state[name]) for name in names}, best_k_models=files, dirpath=folder)
 
 
 def _forget(trainer: L.Trainer, step: int) -> None:

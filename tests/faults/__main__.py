@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import logging
 import os
@@ -20,19 +21,19 @@ import kdlit.cli  # noqa: F401  what is imported here is not imported again by t
 from tests.faults import cost, fuzz, runs
 
 STUDENTS = ("--students={one: {}, other: {seed: 1, set: {model.losses.dist.weight: 2.0}}}",)
-SCENARIOS: dict[str, Callable[[Path], Any]] = {
-    "kills": lambda folder: runs.kills(folder, 24),
-    "kills_workers": lambda folder: runs.kills(folder, 6, 1, ("--data.num_workers=2",)),
-    "kills_validation": lambda folder: runs.kills(
-        folder, 6, 2, ("--trainer.val_check_interval=0.5", "--trainer.accumulate_grad_batches=2")
-    ),
-    "kills_students": lambda folder: runs.kills(folder, 6, 3, STUDENTS),
-    "stops": runs.stops,
-    "full_disk": runs.full_disk,
-    "broken_checkpoint": runs.broken_checkpoint,
-    "two_processes": runs.two_processes,
-    "cost": cost.measure,
-    "fuzz": lambda _: fuzz.run(),
+OFTEN = ("--trainer.val_check_interval=0.5", "--trainer.accumulate_grad_batches=2")
+# Each gets a scratch folder and a run that was left in peace.
+SCENARIOS: dict[str, Callable[[Path, Callable[..., runs.Runs]], Any]] = {
+    "kills": lambda _, peace: runs.kills(peace()),
+    "kills_workers": lambda _, peace: runs.kills(peace("--data.num_workers=2"), 6, 1),
+    "kills_validation": lambda _, peace: runs.kills(peace(*OFTEN), 6, 2),
+    "kills_students": lambda _, peace: runs.kills(peace(*STUDENTS), 6, 3),
+    "stops": lambda _, peace: runs.stops(peace()),
+    "full_disk": lambda _, peace: runs.full_disk(peace()),
+    "broken_checkpoint": lambda _, peace: runs.broken_checkpoint(peace()),
+    "two_processes": lambda folder, _: runs.two_processes(folder),
+    "cost": lambda folder, _: cost.measure(folder),
+    "fuzz": lambda *_: fuzz.run(),
 }
 
 
@@ -47,14 +48,19 @@ def main() -> None:
     warnings.filterwarnings("ignore")
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     found = {}
-    for name in options.scenarios or SCENARIOS:
-        print(f"{name} ...", file=sys.stderr, flush=True)
-        start = time.monotonic()
-        with tempfile.TemporaryDirectory() as scratch:
-            found[name] = SCENARIOS[name](Path(scratch) / name)
-        if isinstance(found[name], dict):
-            found[name].pop("outcomes", None)
-        print(f"{name}: {time.monotonic() - start:.0f} s", file=sys.stderr, flush=True)
+    with tempfile.TemporaryDirectory() as scratch:
+
+        @functools.cache
+        def peace(*overrides: str) -> runs.Runs:
+            return runs.Runs(Path(scratch) / f"runs{len(list(Path(scratch).iterdir()))}", overrides)
+
+        for name in options.scenarios or SCENARIOS:
+            print(f"{name} ...", file=sys.stderr, flush=True)
+            start = time.monotonic()
+            found[name] = SCENARIOS[name](Path(scratch) / name, peace)
+            if isinstance(found[name], dict):
+                found[name].pop("outcomes", None)
+            print(f"{name}: {time.monotonic() - start:.0f} s", file=sys.stderr, flush=True)
     print(json.dumps(found, indent=1) if options.json else report(found))
 
 

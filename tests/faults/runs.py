@@ -9,6 +9,7 @@ from __future__ import annotations
 import mmap
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -191,20 +192,19 @@ class Runs:
         return compare(self.folder / "whole", self.folder / name)
 
 
-def kills(folder: Path, number: int = 24, seed: int = 0, overrides: tuple[str, ...] = ()) -> dict[str, Any]:
+def kills(runs: Runs, number: int = 20, seed: int = 0) -> dict[str, Any]:
     """Kill a run with SIGKILL at random moments until it has been killed often enough, and let it end.
 
     Args:
-        folder: scratch folder.
+        runs: where, and with which settings.
         number: how often.
         seed: draws the moments.
-        overrides: further arguments of both runs.
 
     Returns:
         ``tried``, ``survived`` (kills after which the run went on), ``killed_in``, ``identical`` and ``different``
         (names of what was compared at the end), and ``left_over`` (files of broken writes).
     """
-    runs, draw = Runs(folder, overrides), random.Random(seed)
+    draw = random.Random(seed)
     killed: Counter[str] = Counter()
     while killed.total() < number:
         pid = runs.start("killed", before=saves_slowly(runs.clock))
@@ -222,7 +222,7 @@ def kills(folder: Path, number: int = 24, seed: int = 0, overrides: tuple[str, .
         "killed_in": dict(killed),
         "identical": identical,
         "different": different,
-        "left_over": [str(path) for path in (folder / "killed").rglob("*.tmp")],
+        "left_over": [str(path) for path in (runs.folder / "killed").rglob(".*.kdlit")],
     }
 
 
@@ -234,25 +234,24 @@ STOPS = (
 )
 
 
-def stops(folder: Path, overrides: tuple[str, ...] = ()) -> list[dict[str, Any]]:
+def stops(runs: Runs) -> list[dict[str, Any]]:
     """Tell runs to stop, as clusters and people do, and let them go on.
 
     Args:
-        folder: scratch folder.
-        overrides: further arguments of all runs.
+        runs: where, and with which settings.
 
     Returns:
-        For each signal and phase what was expected and what came: ``status``, ``message``, ``lost`` (steps that were
-        done again), ``identical`` and ``different``.
+        For each signal and phase what was expected and what came: ``status``, ``message`` (which names the step),
+        ``step`` (that was saved), ``identical`` and ``different``.
     """
-    runs, found = Runs(folder, ("--last.every_n_steps=1000", *overrides)), []
+    found = []
     for name, phase, expected in STOPS:
         run, _ = f"{name}-{phase}", runs.log
         pid = runs.start(run)
         sent = runs.signal(pid, getattr(signal, name), phase, after=9)
         status = wait(pid)
         message = next((line for line in runs.log.splitlines() if "stopped by" in line), "")
-        saved = torch.load(folder / run / "checkpoints" / "last.ckpt", weights_only=True)["global_step"]
+        saved = torch.load(runs.folder / run / "checkpoints" / "last.ckpt", weights_only=True)["global_step"]
         runs.end(run)
         identical, different = runs.compare(run)
         found.append(
@@ -330,17 +329,17 @@ def two_processes(folder: Path, number: int = 3, seed: int = 0) -> dict[str, Any
     return {"status": status, "tried": killed, "survived": killed, "identical": identical, "different": different}
 
 
-def full_disk(folder: Path) -> dict[str, Any]:
+def full_disk(runs: Runs) -> dict[str, Any]:
     """Let a run find no room for its checkpoints half of the way, then make room.
 
     Args:
-        folder: scratch folder.
+        runs: where, and with which settings.
 
     Returns:
         ``status`` and ``message`` of the run that found none, whether the checkpoint of before is ``untouched``, what
         was ``left_over``, and ``identical`` and ``different`` after it was given room.
     """
-    runs = Runs(folder)
+    folder = runs.folder
     pid = runs.start("full")
     runs.signal(pid, signal.SIGTERM, "training", after=7)
     wait(pid)
@@ -354,7 +353,7 @@ def full_disk(folder: Path) -> dict[str, Any]:
 
     status = wait(runs.start("full", before=no_room))
     text = runs.log
-    untouched, left_over = last.read_bytes() == before, [str(path) for path in (folder / "full").rglob("*.tmp")]
+    untouched, left_over = last.read_bytes() == before, [str(path) for path in (folder / "full").rglob(".*.kdlit")]
     runs.end("full")
     identical, different = runs.compare("full")
     return {
@@ -368,32 +367,34 @@ def full_disk(folder: Path) -> dict[str, Any]:
     }
 
 
-def broken_checkpoint(folder: Path) -> list[dict[str, Any]]:
+def broken_checkpoint(runs: Runs) -> list[dict[str, Any]]:
     """Damage the last checkpoint of a run that was stopped, and let it go on.
 
     Args:
-        folder: scratch folder.
+        runs: where, and with which settings.
 
     Returns:
         For each way of damaging it: whether the file is ``named`` and the ``taken`` one said, ``identical`` and
         ``different``.
     """
-    runs, found = Runs(folder), []
+    folder, found = runs.folder, []
+    pid = runs.start("broken")
+    runs.signal(pid, signal.SIGTERM, "training", after=11)
+    wait(pid)
+    shutil.copytree(folder / "broken", folder / "stopped")
     for way in ("truncated", "empty", "a bit flipped", "not there"):
-        run = way.replace(" ", "-")
-        pid = runs.start(run)
-        runs.signal(pid, signal.SIGTERM, "training", after=11)
-        wait(pid)
-        last, _ = folder / run / "checkpoints" / "last.ckpt", runs.log
+        shutil.rmtree(folder / "broken")
+        shutil.copytree(folder / "stopped", folder / "broken")
+        last, _ = folder / "broken" / "checkpoints" / "last.ckpt", runs.log
         content = bytearray(last.read_bytes())
         if way == "a bit flipped":
             content[len(content) // 2] ^= 1
         last.write_bytes({"truncated": content[: len(content) // 2], "empty": b""}.get(way, content))
         if way == "not there":
             last.unlink()
-        runs.end(run)
+        runs.end("broken")
         text = runs.log
-        identical, different = runs.compare(run)
+        identical, different = runs.compare("broken")
         found.append(
             {
                 "way": way,
