@@ -6,6 +6,8 @@ import contextlib
 import json
 import logging
 import os
+import signal
+import string
 import sys
 import warnings
 from collections.abc import Sequence
@@ -32,7 +34,7 @@ from kdlit.callbacks import (
     TeacherCheck,
     print_result,
 )
-from kdlit.callbacks.last_checkpoint import INTERRUPTED
+from kdlit.callbacks.last_checkpoint import INTERRUPTED, PREEMPTED, Stopped, stopping_at_once
 from kdlit.dashboards import PatientWandbLogger
 from kdlit.files import WholeCheckpointIO, WriteError, alone_in, load_whole, remove_scratch
 from kdlit.loggers import RunLogger
@@ -166,6 +168,7 @@ class KdlitCLI(LightningCLI):
             self.run_dir = os.path.relpath(checkpoint.parent.parent)
         else:
             self.run_dir = _new_run_dir(_runs_of(configs, "new"))
+        _check_numbers(config)
         if config.torch_threads:
             torch.set_num_threads(config.torch_threads)
         config.checkpoint.dirpath = config.last.dirpath = f"{self.run_dir}/checkpoints"
@@ -184,8 +187,8 @@ class KdlitCLI(LightningCLI):
 
     def _newest_last(self, folder: Path) -> str | None:
         """The newest ``last.ckpt`` at or below a folder; None, after saying so, where a fit has yet to begin."""
-        kept = [path for name in ("previous", "last") for path in folder.glob(f"**/checkpoints/{name}.ckpt")]
-        runs = {path.parents[1]: path.stat().st_mtime for path in kept}
+        kept = sorted(folder.glob("**/checkpoints/*.ckpt"), key=lambda path: path.stat().st_mtime)
+        runs = {path.parents[1]: path.stat().st_mtime for path in kept}  # with the time of its newest
         # Within the folder of a run lie those of its students.
         runs = {run: at for run, at in runs.items() if run == folder or not (run.parent / "config.yaml").exists()}
         if runs:
@@ -235,6 +238,10 @@ class KdlitCLI(LightningCLI):
             self.config_init[self.subcommand].checkpoint = one
             self.config_init[self.subcommand].last = LastOfStudents(self.run_dir, **settings.last.as_dict())
             callbacks += others
+        for best in (self.config_init[self.subcommand].checkpoint, *callbacks):
+            if isinstance(best, ModelCheckpoint) and (best.monitor or "").rpartition("val/")[1]:
+                # When the validation ends, and not only after the epoch's end, a run goes on exactly.
+                best._save_on_train_epoch_end = best._save_on_train_epoch_end or False
         self.trainer_defaults = {"callbacks": callbacks}
         return super().instantiate_trainer(
             logger=loggers or False,
@@ -255,7 +262,12 @@ class KdlitCLI(LightningCLI):
                         remove_scratch(folder)
                         remove_scratch(folder / "checkpoints")
                 self.trainer.fit(**kwargs)
-        except BaseException:
+        except BaseException as error:
+            last = next((one for one in self.trainer.checkpoint_callbacks if isinstance(one, LastCheckpoint)), None)
+            if isinstance(error, Exception) and last is not None and last.signal is not None:
+                # The processes that load data got the signal, too, and did not live to see the end of the step.
+                print(f"kdlit: stopped by a signal, without saving: {error}", file=sys.stderr)
+                raise Stopped(INTERRUPTED if last.signal == signal.SIGINT else PREEMPTED) from error
             if run in made and self.trainer.is_global_zero and not list(run.glob("checkpoints/*")):
                 for folder in folders:
                     for name in ("config.yaml", "run.json", "metrics.csv"):
@@ -264,8 +276,9 @@ class KdlitCLI(LightningCLI):
                     with contextlib.suppress(OSError):  # it holds something else by now, or was never made
                         folder.rmdir()
             raise
-        if self.files.failed:
-            raise WriteError("; ".join(self.files.failed.values()))
+        rows = [logger.flush() for logger in self.trainer.loggers if isinstance(logger, RunLogger)]
+        if problems := [*self.files.failed.values(), *(problem for problem in rows if problem)]:
+            raise WriteError("; ".join(problems))
 
     def after_fit(self) -> None:
         """Measure the last epoch if its validation was skipped; show what was reached once the progress bar is gone."""
@@ -362,6 +375,25 @@ def _epochs(checkpoint: str) -> int:
     return int(content["epoch"]) + (not is_between and loops["epoch_loop.batch_progress"]["is_last_batch"])
 
 
+def _check_numbers(config: Any) -> None:
+    """Refuse what would fail in the middle of a run, or write outside of its folder."""
+    if config.torch_threads is not None and config.torch_threads < 1:
+        raise ValueError(f"torch_threads must be >= 1, got {config.torch_threads}")
+    if config.trainer.accumulate_grad_batches < 1:
+        raise ValueError(f"trainer.accumulate_grad_batches must be >= 1, got {config.trainer.accumulate_grad_batches}")
+    if config.trainer.val_check_interval in (0, 0.0):
+        raise ValueError(
+            "trainer.val_check_interval must be > 0; to validate never, set trainer.limit_val_batches to 0"
+        )
+    name = config.checkpoint.filename or ""
+    try:
+        list(string.Formatter().parse(name))
+    except ValueError as error:
+        raise ValueError(f"checkpoint.filename: {name!r} is no name with figures in braces: {error}") from None
+    if ".." in Path(name).parts or Path(name).is_absolute():
+        raise ValueError(f"checkpoint.filename must stay in the folder of the run, got {name!r}")
+
+
 def _check_folder(path: Path) -> None:
     """Refuse a run folder that cannot be written to."""
     existing = next(parent for parent in (path.absolute(), *path.absolute().parents) if parent.exists())
@@ -407,7 +439,8 @@ def main(args: list[str] | None = None) -> None:
     tips = logging.getLogger("lightning.pytorch.utilities.rank_zero")
     tips.addFilter(lambda record: "Tip:" not in record.getMessage())
     try:
-        KdlitCLI(args)
+        with stopping_at_once() if sys.argv[1:2] == ["fit"] else contextlib.nullcontext():
+            KdlitCLI(args)
     except KeyboardInterrupt:
         _say_interrupted()
     except SystemExit as stop:

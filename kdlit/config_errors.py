@@ -116,6 +116,10 @@ def users_mistake(error: BaseException) -> str | None:
     for link in chain:
         if isinstance(link, MisconfigurationException) or _raised_on_purpose(link):
             return _one_line(str(link))
+        if isinstance(link, ModuleNotFoundError) and "/lightning/" in _innermost(link):
+            return f"a package is missing: {_one_line(str(link))}"
+        if re.search(r"Connection (closed|reset) by peer|NCCL error|Socket closed", str(link)):
+            return "another process of this run has ended; its own message says why"
         if isinstance(link, MemoryError) or re.search(r"can't allocate memory|CUDA out of memory", str(link)):
             reason = _one_line(str(link)) or "a value needs more than there is"
             return f"out of memory: {reason}; smaller networks, pictures or batches take less"

@@ -40,7 +40,7 @@ def of_network(network: nn.Module) -> str:
     return of_tensors(dict(chain(*named)))
 
 
-def of_files(folder: Path, names: Iterable[bytes]) -> str:
+def of_files(folder: Path, names: Iterable[bytes], times: bool = True) -> str:
     """SHA-256 of names, sizes and times of change: a million files take seconds, and none is opened.
 
     A copy that does not keep the times, as ``cp`` without ``-p``, has another name. Where the folder lies does not
@@ -49,6 +49,7 @@ def of_files(folder: Path, names: Iterable[bytes]) -> str:
     Args:
         folder: what the names are relative to.
         names: relative paths, as the file system spells them.
+        times: whether the times of change count.
 
     Raises:
         ValueError: If a file is not there or must not be looked at.
@@ -62,7 +63,7 @@ def of_files(folder: Path, names: Iterable[bytes]) -> str:
                 f"cannot look at {folder / os.fsdecode(name)}: {error.strerror}; the folder may have changed since it "
                 "was listed"
             ) from None
-        digest.update(b"%b\0%d\0%d\0" % (name, found.st_size, found.st_mtime_ns))
+        digest.update(b"%b\0%d\0%d\0" % (name, found.st_size, found.st_mtime_ns if times else 0))
     return digest.hexdigest()
 
 

@@ -32,6 +32,7 @@ class RunLogger(Logger):
         self.prefix = f"{student}/" if student else ""
         self._waiting: list[dict[str, Any]] = []
         self._columns = self._read_header()
+        self.rows = len(self._read())
 
     @property
     def name(self) -> str:
@@ -63,13 +64,25 @@ class RunLogger(Logger):
         if not figures:
             return
         row = {"step": step, **figures, **{name: metrics[name] for name in ("epoch",) if name in metrics}}
+        self._waiting.append(row)
         try:
-            self._write([*self._waiting, row])
-            self._waiting = []
+            self._write(self._waiting)
         except OSError as error:
-            if not self._waiting:
+            if len(self._waiting) == 1:
                 rank_zero_warn(f"{self.path} cannot be written: {error}; its rows wait in memory until it can")
-            self._waiting.append(row)
+
+    @rank_zero_only
+    def flush(self) -> str | None:
+        """See to it that all rows are on the disk; return what prevents it, if something does."""
+        try:
+            if self._waiting:
+                self._write(self._waiting)
+            if self.path.exists():
+                with self.path.open("rb") as file:
+                    os.fsync(file.fileno())
+        except OSError as error:
+            return f"{len(self._waiting)} rows of {self.path} cannot be written: {error}"
+        return None
 
     def _write(self, rows: list[dict[str, Any]]) -> None:
         columns = list(dict.fromkeys((*self._columns, *(column for row in rows for column in row))))
@@ -85,11 +98,18 @@ class RunLogger(Logger):
             except OSError:
                 os.truncate(self.path, size)
                 raise
+        self.rows += len(rows)
+        self._waiting = []
 
     @rank_zero_only
-    def forget_from(self, step: int) -> None:
-        """Drop the rows of this step and later ones, which a resumed run will write again, and any half of a row."""
-        kept = [row for row in self._read() if not row["step"] or int(row["step"]) < step]
+    def forget_from(self, step: int, rows: int | None = None) -> None:
+        """Drop what a resumed run will write again: the rows of this step and later ones, and any half of a row.
+
+        Args:
+            step: of the optimizer.
+            rows: how many rows there were when the checkpoint was written; later ones are dropped, too.
+        """
+        kept = [row for row in self._read()[:rows] if not row["step"] or int(row["step"]) < step]
         if self.path.exists():
             self._rewrite(kept, self._columns if kept else [])
 
@@ -113,4 +133,4 @@ class RunLogger(Logger):
             writer.writeheader()
             writer.writerows(rows)
         write_whole(self.path, lambda file: file.write(text.getvalue().encode()))
-        self._columns = columns
+        self._columns, self.rows = columns, len(rows)

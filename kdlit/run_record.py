@@ -24,29 +24,36 @@ from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
 from torch import nn
 
 import kdlit
-from kdlit.callbacks import TeacherCheck
+from kdlit.callbacks import LastCheckpoint, TeacherCheck
 from kdlit.data import SplitDataModule
+from kdlit.data.base import without_addresses
 from kdlit.data.sampling import EpochDataset
 from kdlit.files import write_whole
-from kdlit.fingerprint import of_network, of_tensors
+from kdlit.fingerprint import of_network, of_tensors, of_text
 from kdlit.modules import DistillationModule, ManyStudents
 from kdlit.modules.teacher import FrozenTeacher
 from kdlit.students import MADE_OF, Students
 
 _PACKAGES = ("torch", "torchvision", "lightning", "torchmetrics", "jsonargparse", "numpy")
-# How a run is watched and kept, not what it computes.
+# How a run is watched and kept, not what it computes; where it runs is compared by what it comes to.
 _FREE = (
-    "accept_changes",
-    "checkpoint",
-    "last",
-    "torch_threads",
-    "data.init_args.num_workers",
-    "trainer.callbacks",
-    "trainer.enable_model_summary",
-    "trainer.enable_progress_bar",
-    "trainer.log_every_n_steps",
-    "trainer.logger",
-    "trainer.profiler",
+    *("accept_changes", "checkpoint", "last", "torch_threads", "data.init_args.num_workers"),
+    *(
+        f"trainer.{name}"
+        for name in (
+            *("accelerator", "devices", "num_nodes", "precision"),
+            *("logger", "log_every_n_steps", "enable_progress_bar", "enable_model_summary", "profiler"),
+            *("enable_checkpointing", "max_time", "num_sanity_val_steps", "benchmark", "detect_anomaly"),
+            *("limit_test_batches", "limit_predict_batches", "inference_mode"),
+        )
+    ),
+)
+_PLACE = tuple(f"data.init_args.{name}" for name in ("root", "download", "verify"))
+_TEACHER = ("model.init_args.teacher", "the teacher")
+_IN_CHECKPOINT = ("model.init_args.optimizer", "model.init_args.lr_scheduler")
+_WATCHERS = (  # callbacks that change nothing
+    *("DeviceStatsMonitor", "LearningRateMonitor", "ModelCheckpoint", "RichProgressBar", "TQDMProgressBar"),
+    *("ModelSummary", "RichModelSummary", "PlainBaseline", "Progress", "StudentSummary", "TeacherCheck"),
 )
 # What a network that is measured is and sees; the pictures that are taken for what, and how, may well be others.
 _SEEN = ("data", "model.init_args.student", "model.init_args.input_size", "model.init_args.teacher_input_size")
@@ -69,7 +76,8 @@ class RunRecord(SaveConfigCallback):
         **kwargs: likewise.
 
     Raises:
-        ValueError: If a run goes on with other data, another teacher or another config, and is not told to accept it.
+        ValueError: If a run goes on with other data, another teacher or another config, and is not told to accept it;
+            or with another optimizer or schedule, whose settings are part of the checkpoint.
     """
 
     def __init__(self, *args: Any, students: Students | None = None, **kwargs: Any) -> None:
@@ -78,6 +86,7 @@ class RunRecord(SaveConfigCallback):
         self.made_of: dict[str, Any] = {}
         self._before: dict[str, Any] = {}
         self._went_on_from: dict[str, Any] | None = None
+        self._is_written = False
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Nothing yet: the data and the networks may still turn out not to fit."""
@@ -93,9 +102,20 @@ class RunRecord(SaveConfigCallback):
             "configs": self.configs(),
             "data": _about_data(getattr(trainer, "datamodule", None)),
             "teacher": _about_teacher(pl_module),
+            "run": {
+                "processes": trainer.world_size,
+                "precision": str(trainer.precision),
+                "device": trainer.strategy.root_device.type,
+            },
         }
         changes = differences(self._before, self.made_of) if self._before else {}
         bound = {key: change for key, change in changes.items() if not _is(key, _FREE)}
+        if fixed := {key: change for key, change in bound.items() if _is(key, _IN_CHECKPOINT)}:
+            raise ValueError(
+                f"{trainer.ckpt_path} holds the settings of the optimizer and its schedule, which would be used "
+                f"instead of these: {_listed(fixed)}. Set them back, or start a new run from the student's weights "
+                "(student.pt, kdlit.models.from_checkpoint)"
+            )
         if bound and not self.config.accept_changes:
             raise ValueError(
                 f"{trainer.ckpt_path} was made with other settings: {_listed(bound)}. A run that goes on with others "
@@ -106,16 +126,31 @@ class RunRecord(SaveConfigCallback):
             rank_zero_warn(f"{trainer.ckpt_path} does not say what it was made with, so nothing was compared")
         if changes:
             rank_zero_warn(f"the run goes on with other settings than before: {_listed(changes)}")
+            for callback in trainer.checkpoint_callbacks:
+                if isinstance(callback, LastCheckpoint):
+                    callback.finished = False  # it may have more to do now
         self._changes = changes
 
+    def on_train_batch_start(self, trainer: L.Trainer, *_: Any) -> None:
+        """Write both files, now that the data has shown to go on, too."""
+        self._write(trainer)
+
+    def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Likewise, where a run goes on with a validation."""
+        if trainer.state.fn == "fit" and not trainer.sanity_checking:
+            self._write(trainer)
+
     @rank_zero_only
-    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Write both files."""
+    def _write(self, trainer: L.Trainer) -> None:
+        if self._is_written:
+            return
+        self._is_written = True
         for name, text in self.made_of["configs"].items():
             path = Path(trainer.default_root_dir) / name
-            if path.exists() and path.read_text(encoding="utf-8") != text:
+            before = path.read_text(encoding="utf-8") if path.exists() else text
+            if before != text:
                 earlier = len(list(path.parent.glob("config.*.yaml")))
-                path.rename(path.with_name(f"config.{earlier}.yaml"))
+                write_text(path.with_name(f"config.{earlier}.yaml"), before)
             write_text(path, text)
         path = Path(trainer.default_root_dir) / "run.json"
         start = {
@@ -182,10 +217,15 @@ def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, 
         now: the same of the run that goes on from it.
     """
     old, new = (_values(made_of) for made_of in (before, now))
+    same: list[str] = []  # settings that came to the same
+    if before.get("teacher") is not None and before["teacher"] == now.get("teacher"):
+        same += _TEACHER
+    if before.get("data") == now.get("data") and any(key.endswith("pictures") and new[key] for key in new):
+        same += _PLACE
     return {
         key: (old.get(key, "absent"), new.get(key, "absent"))
         for key in {**old, **new}
-        if old.get(key, "absent") != new.get(key, "absent")
+        if old.get(key, "absent") != new.get(key, "absent") and not _is(key, same)
     }
 
 
@@ -194,9 +234,21 @@ def _values(made_of: Mapping[str, Any]) -> dict[str, Any]:
     for name, text in made_of.get("configs", {}).items():
         folder = str(Path(name).parent)
         values |= _flat(yaml.safe_load(text), "" if folder == "." else f"{folder}: ")
-    for part in ("data", "teacher"):
+    if "trainer.callbacks" in values:
+        values["trainer.callbacks"] = _acting(values["trainer.callbacks"])
+    for part in ("data", "teacher", "run"):
         values |= _flat(made_of.get(part), f"the {part}: ")
     return values
+
+
+def _acting(callbacks: Any) -> list[Any]:
+    """Those that may change what is trained."""
+    given = callbacks if isinstance(callbacks, list) else [callbacks] if callbacks else []
+    return [
+        one
+        for one in given
+        if not isinstance(one, dict) or str(one.get("class_path")).rpartition(".")[2] not in _WATCHERS
+    ]
 
 
 def _flat(value: Any, key: str) -> dict[str, Any]:
@@ -207,7 +259,7 @@ def _flat(value: Any, key: str) -> dict[str, Any]:
 
 def _is(key: str, settings: Sequence[str]) -> bool:
     """Whether a key is that of one of some settings, or lies within."""
-    key = key if key.startswith("the ") else key.rpartition(": ")[2]
+    key = key.partition(":")[0] if key.startswith("the ") else key.rpartition(": ")[2]
     return any(key == setting or key.startswith(f"{setting}.") for setting in settings)
 
 
@@ -230,7 +282,7 @@ def _about_data(data: L.LightningDataModule | None) -> dict[str, Any] | None:
         for name, dataset in data.datasets.items():
             if isinstance(dataset, EpochDataset) and name != "test":
                 try:
-                    print_of = dataset.fingerprint() if len(dataset) else None
+                    print_of = dataset.fingerprint(times=False) if len(dataset) else None
                 except NotImplementedError:
                     print_of = None
                 labels = of_tensors({"labels": dataset.labels}) if len(dataset) else None
@@ -244,7 +296,11 @@ def _about_teacher(module: L.LightningModule) -> dict[str, Any] | None:
     if not isinstance(module, (DistillationModule, ManyStudents)) or frozen is None:
         return None
     network: nn.Module = cast("FrozenTeacher", frozen).network
-    return {"class": type(network).__qualname__, "weights": of_network(network)}
+    return {
+        "class": type(network).__qualname__,
+        "layers": of_text(without_addresses(network)),
+        "weights": of_network(network),
+    }
 
 
 def _measured(trainer: L.Trainer) -> dict[str, Any]:

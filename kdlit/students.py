@@ -343,7 +343,9 @@ def _checkpoint_of(student: str, whole: Mapping[str, Any], trainer: L.Trainer) -
     if (key := RandomState().state_key) in callbacks:
         callbacks[key] = random
     if (key := LastCheckpoint().state_key) in callbacks:
-        callbacks[key] = {"metrics": own_values(callbacks[key]["metrics"], student)}
+        state = callbacks[key]
+        rows = state["rows"][1 + group.names.index(student) :][:1]  # those of the group come first
+        callbacks[key] = {**state, "metrics": own_values(state["metrics"], student), "rows": rows}
     if made_of := checkpoint.get(MADE_OF):
         checkpoint[MADE_OF] = {**made_of, "configs": {"config.yaml": made_of["configs"][f"{student}/config.yaml"]}}
     return checkpoint | {"callbacks": callbacks}

@@ -11,6 +11,7 @@ import lightning as L
 import torch
 import torch.nn.functional as F
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from lightning.pytorch.utilities import rank_zero_warn
 from torchmetrics.classification import MulticlassAccuracy
 
 from kdlit.modules import DistillationModule, ManyStudents
@@ -81,6 +82,11 @@ class PlainBaseline(L.Callback):
         self.optimizer = pl_module.fast_optimizer((self.make_optimizer or pl_module.optimizer)(self.twin.parameters()))
         make_lr_scheduler = self.make_lr_scheduler or pl_module.lr_scheduler
         self.lr_scheduler = make_lr_scheduler(self.optimizer) if make_lr_scheduler else None
+        if isinstance(self.lr_scheduler, torch.optim.lr_scheduler.ReduceLROnPlateau):
+            raise ValueError(
+                "PlainBaseline cannot follow ReduceLROnPlateau, which watches the student; give it an lr_scheduler of "
+                "its own that goes by epochs"
+            )
         if self._restored:
             self.optimizer.load_state_dict(self._restored["optimizer"])
             if self.lr_scheduler is not None:
@@ -112,6 +118,16 @@ class PlainBaseline(L.Callback):
         with torch.no_grad(), pl_module.student_precision(batch["image"].device):
             self.top1.to(pl_module.device).update(self.twin(batch["image"]), batch["target"])
 
+    def _figure(self) -> torch.Tensor:
+        """The twin's accuracy; NaN, after saying so, if it has diverged."""
+        if all(bool(one.isfinite().all()) for one in self.twin.state_dict().values()):
+            return self.top1.compute()
+        rank_zero_warn(
+            "PlainBaseline: the student trained alone has diverged, so there is nothing to compare with; give it an "
+            "optimizer with a smaller learning rate"
+        )
+        return torch.tensor(float("nan"))
+
     @_for_each_student
     def on_validation_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int, *_: Any
@@ -129,13 +145,13 @@ class PlainBaseline(L.Callback):
     @_for_each_student
     def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Log the twin's accuracy."""
-        pl_module.log("val/plain_top1", self.top1.compute())
+        pl_module.log("val/plain_top1", self._figure())
         self.top1.reset()
 
     @_for_each_student
     def on_test_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Log the twin's accuracy."""
-        pl_module.log("test/plain_top1", self.top1.compute())
+        pl_module.log("test/plain_top1", self._figure())
         self.top1.reset()
 
     def state_dict(self) -> dict[str, Any]:

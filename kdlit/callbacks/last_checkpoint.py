@@ -8,6 +8,9 @@ import signal
 import sys
 import threading
 import time
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from itertools import zip_longest
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -24,11 +27,44 @@ from kdlit.loggers import RunLogger
 PREEMPTED = 75  # exit status: the run has saved and can go on, "temporary failure" of sysexits.h
 INTERRUPTED = 130  # exit status after Ctrl-C, as of a shell
 _SIGNALS = [getattr(signal, name) for name in ("SIGTERM", "SIGUSR1", "SIGHUP", "SIGINT") if hasattr(signal, name)]
+_LONGEST = 3600.0  # seconds without a checkpoint, however long one takes
 _AGREE_EVERY = 16  # steps after which several processes agree whether to save or to stop
 
 
 class Stopped(SystemExit):
-    """The run was asked to stop by a signal, and has saved."""
+    """The run was asked to stop by a signal."""
+
+
+@contextlib.contextmanager
+def stopping_at_once() -> Iterator[None]:
+    """Let signals, but Ctrl-C, end the process at once with the documented status, where there is nothing to save.
+
+    Raises:
+        Stopped: When one comes.
+    """
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        name = signal.Signals(number).name
+        os.write(2, f"kdlit: stopped by {name} outside of training; the same command goes on\n".encode())
+        raise Stopped(PREEMPTED)
+
+    with _heard(stop, (number for number in _SIGNALS if number != signal.SIGINT)):
+        yield
+
+
+@contextlib.contextmanager
+def _heard(handler: Callable[[int, FrameType | None], None], numbers: Iterable[int]) -> Iterator[None]:
+    """Let a handler answer signals for a while, those left out that the process ignores."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    heard = [number for number in numbers if signal.getsignal(number) != signal.SIG_IGN]
+    before = {number: signal.signal(number, handler) for number in heard}
+    try:
+        yield
+    finally:
+        for number, former in before.items():
+            signal.signal(number, signal.SIG_DFL if former is None else former)
 
 
 class LastCheckpoint(Checkpoint):
@@ -46,8 +82,8 @@ class LastCheckpoint(Checkpoint):
         dirpath: folder of both files.
         every_minutes: time after which one is written within an epoch, too.
         every_n_steps: write one after that many steps of the optimizer instead; null for none.
-        share: largest part of the time to spend on writing; an epoch so short that it would take more is passed over.
-            Does not hold for ``every_n_steps``.
+        share: largest part of the time to spend on writing; an epoch so short that it would take more is passed over,
+            but never for more than an hour. Does not hold for ``every_n_steps``.
     """
 
     def __init__(
@@ -69,9 +105,13 @@ class LastCheckpoint(Checkpoint):
         self.every_n_steps = every_n_steps
         self.share = share
         self.signal: int | None = None
-        self._handlers: dict[int, Any] = {}
-        self._metrics: dict[str, torch.Tensor] = {}
-        self._saved_at, self._took, self._step = time.monotonic(), 0.0, 0
+        self.finished = False  # by itself, before the last epoch
+        self._listening = contextlib.ExitStack()
+        self._restored: dict[str, Any] = {}
+        self._saved_at, self._step = time.monotonic(), 0
+        self._took: deque[float] = deque([0.0], maxlen=3)  # seconds of the newest checkpoints
+        self._moved = False  # something has been done since the newest
+        self._is_whole = False  # what lies under the final name, as far as this process knows
 
     @property
     def path(self) -> Path:
@@ -88,13 +128,13 @@ class LastCheckpoint(Checkpoint):
         """Clear up after an earlier process, and listen for signals."""
         if trainer.is_global_zero:
             remove_scratch(self.path.parent)
-        trainer.callback_metrics.update(self._metrics)
-        self._saved_at, self._took, self._step = time.monotonic(), 0.0, trainer.global_step
+        trainer.callback_metrics.update(self._restored.get("metrics", {}))
+        self._saved_at, self._step, self._moved = time.monotonic(), trainer.global_step, False
         self._listen()
 
     def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Save what the epoch before has made, if it is time."""
-        if trainer.global_step > self._step:
+        if self._moved:
             self._act(trainer, self._agreed(trainer, self._is_time(trainer, at_boundary=True)))
 
     def on_train_batch_start(
@@ -105,7 +145,9 @@ class LastCheckpoint(Checkpoint):
         agreed = alone or batch_idx % _AGREE_EVERY == 0 or self.every_n_steps is not None
         # Gradients that no step has taken yet are in no checkpoint.
         if batch_idx == 0 or not agreed or batch_idx % trainer.accumulate_grad_batches:
+            self._moved = True
             return
+        self._moved = True
         wish = self._agreed(trainer, self._is_time(trainer, at_boundary=False))
         if can_go_on_within_epoch(trainer):
             self._act(trainer, wish)
@@ -114,17 +156,25 @@ class LastCheckpoint(Checkpoint):
 
     def on_validation_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
         """Stop in the middle of a validation, which will then be run again; several processes finish it first."""
-        if trainer.state.fn == "fit" and not trainer.sanity_checking and trainer.world_size == 1:
+        if trainer.state.fn != "fit" or trainer.sanity_checking or trainer.world_size > 1:
+            return
+        self._moved = True
+        progress = trainer.fit_loop.epoch_loop.batch_progress
+        if progress.is_last_batch or progress.current.ready % trainer.accumulate_grad_batches == 0:
             if can_go_on_within_epoch(trainer):
                 self._act(trainer, self.signal)
             elif self.signal is not None:
                 self._stop(trainer, self.signal)
 
+    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Let schedules that watch a figure move on at the end of an epoch that was taken up in its middle."""
+        trainer.fit_loop._restarting = False  # or they would stand still, as figures are in no checkpoint but this
+
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Save what the run has made."""
         self._ignore()
-        if trainer.global_step > self._step or not self.path.exists():
-            self.save(trainer)
+        self.finished = trainer.should_stop
+        self.save(trainer)
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
         """Leave signals to whoever listened before."""
@@ -138,7 +188,7 @@ class LastCheckpoint(Checkpoint):
         if self.every_n_steps is not None:
             return trainer.global_step - self._step >= self.every_n_steps
         elapsed = time.monotonic() - self._saved_at
-        is_cheap = self._took <= self.share * elapsed
+        is_cheap = min(self._took) <= self.share * elapsed or elapsed > _LONGEST
         return is_cheap and (at_boundary or elapsed > 60 * self.every_minutes)
 
     def _agreed(self, trainer: L.Trainer, is_time: bool) -> int | None:
@@ -160,32 +210,39 @@ class LastCheckpoint(Checkpoint):
         lost = trainer.global_step - self._step
         rank_zero_only(print)(
             f"kdlit: stopped by {why} at {where}; the same command with --ckpt_path=last goes on from {self.path}"
-            + (f", {lost} steps before: this data cannot be taken up within an epoch" if lost else "")
+            + (f", which is {lost} steps older: {self._why_older(trainer)}" if lost else "")
             + f" (exit status {status})",
             file=sys.stderr,
             flush=True,
         )
         raise Stopped(status if trainer.is_global_zero else 0)
 
+    def _why_older(self, trainer: L.Trainer) -> str:
+        return self._failure(trainer) or "this data cannot be taken up within an epoch"
+
+    def _failure(self, trainer: L.Trainer) -> str | None:
+        """Why the newest checkpoint could not be written, if it could not."""
+        failed: dict[str, str] = getattr(trainer.strategy.checkpoint_io, "failed", {})
+        return failed.get(str(self.path))
+
     # Signals
 
     def _listen(self) -> None:
         self.signal = None
-        if threading.current_thread() is threading.main_thread():
-            heard = [number for number in _SIGNALS if signal.getsignal(number) != signal.SIG_IGN]
-            self._handlers = {number: signal.signal(number, self._note) for number in heard}
+        self._ignore()
+        self._listening.enter_context(_heard(self._note, _SIGNALS))
 
     def _ignore(self) -> None:
-        for number, handler in self._handlers.items():
-            signal.signal(number, handler if handler is not None else signal.SIG_DFL)
-        self._handlers = {}
+        self._listening.close()
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         if number == signal.SIGINT:
             if self.signal == number:
                 raise KeyboardInterrupt
             os.write(2, b"\nkdlit: stopping after this step; Ctrl-C once more stops at once, without saving\n")
-        self.signal = number
+            self.signal = self.signal or number  # a cluster that has asked before is told so
+        else:
+            self.signal = number
 
     # What
 
@@ -195,15 +252,20 @@ class LastCheckpoint(Checkpoint):
         Args:
             trainer: one that is between two steps.
         """
-        if not getattr(trainer, "fast_dev_run", False):
-            started = time.monotonic()
-            self.write(trainer)
-            self._took = time.monotonic() - started
-        self._saved_at, self._step = time.monotonic(), trainer.global_step
+        if getattr(trainer, "fast_dev_run", False):
+            return
+        started = time.monotonic()
+        for logger in _logs(trainer):
+            logger.flush()
+        self.write(trainer)
+        self._saved_at = time.monotonic()
+        self._took.append(self._saved_at - started)
+        if self._failure(trainer) is None:
+            self._step, self._moved, self._is_whole = trainer.global_step, False, True
 
     def write(self, trainer: L.Trainer) -> None:
         """Write the files; whoever keeps more than these does so here."""
-        if trainer.is_global_zero and self.path.exists():
+        if trainer.is_global_zero and self._is_whole and self.path.exists():
             with contextlib.suppress(OSError):  # not every file system has links
                 scratch = scratch_for(self.path)
                 os.link(self.path, scratch)
@@ -212,32 +274,50 @@ class LastCheckpoint(Checkpoint):
         trainer.save_checkpoint(self.path, weights_only=False)
 
     def state_dict(self) -> dict[str, Any]:
-        """The newest value of every figure: what comes later may ask for those of an earlier epoch."""
-        return {"metrics": self._metrics}
+        """Made when a checkpoint is saved."""
+        return {}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Remember them until training starts."""
-        self._metrics = dict(state_dict["metrics"])
+        """Remember it until training starts."""
+        self._restored = state_dict
+        self.finished = bool(state_dict.get("finished"))
 
     def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Describe where the run is in the one way from which the trainer goes on without a step lost or repeated."""
+        """Describe where the run is in the one way from which the trainer goes on without a step lost or repeated.
+
+        The newest value of every figure is part of it: what comes later may ask for those of an earlier epoch.
+        """
         figures = {name: torch.as_tensor(value).detach().cpu() for name, value in trainer.callback_metrics.items()}
-        checkpoint["callbacks"][self.state_key] = {"metrics": figures}
+        # Of the step before a validation there will be more rows, which have to be told from those that are there.
+        rows = [logger.rows for logger in _logs(trainer)] if trainer.validating else []
+        checkpoint["callbacks"][self.state_key] = {"metrics": figures, "finished": self.finished, "rows": rows}
         if trainer.state.fn == "fit":
             _settle(checkpoint["loops"]["fit_loop"], trainer)
 
     def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         """Forget what was logged about steps that will be run again, and find the best in a folder that was moved."""
         if trainer.state.fn == "fit":
-            _forget(trainer, checkpoint["global_step"])
+            rows = checkpoint["callbacks"].get(self.state_key, {}).get("rows", [])
+            for logger, count in zip_longest(_logs(trainer), rows):
+                if logger is not None:
+                    logger.forget_from(checkpoint["global_step"], count)
+            self._is_whole = self.path.exists() and Path(str(trainer.ckpt_path)).resolve() == self.path.resolve()
             for callback in trainer.checkpoint_callbacks:
                 if isinstance(callback, ModelCheckpoint) and callback.state_key in checkpoint["callbacks"]:
-                    _follow(checkpoint["callbacks"][callback.state_key], str(callback.dirpath))
+                    try:
+                        _follow(checkpoint["callbacks"][callback.state_key], str(callback.dirpath))
+                    except (TypeError, KeyError, AttributeError) as error:
+                        raise ValueError(
+                            f"{trainer.ckpt_path} is damaged: what {type(callback).__name__} kept cannot be read "
+                            f"({type(error).__name__}: {error})"
+                        ) from None
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Likewise of a run that was killed before it had a checkpoint."""
+        """Likewise of a run that was killed before it had a checkpoint; one that has finished stays so."""
+        trainer.should_stop = self.finished
         if not trainer.ckpt_path:
-            _forget(trainer, 0)
+            for logger in _logs(trainer):
+                logger.forget_from(0)
 
 
 def can_go_on_within_epoch(trainer: L.Trainer) -> bool:
@@ -265,10 +345,8 @@ def _follow(state: dict[str, Any], folder: str) -> None:
         state.update({name: moved(state[name]) for name in names}, best_k_models=files, dirpath=folder)
 
 
-def _forget(trainer: L.Trainer, step: int) -> None:
-    for logger in trainer.loggers:
-        if isinstance(logger, RunLogger):
-            logger.forget_from(step)
+def _logs(trainer: L.Trainer) -> list[RunLogger]:
+    return [logger for logger in trainer.loggers if isinstance(logger, RunLogger)]
 
 
 def _settle(loops: dict[str, Any], trainer: L.Trainer) -> None:
@@ -282,10 +360,16 @@ def _settle(loops: dict[str, Any], trainer: L.Trainer) -> None:
         batch["is_last_batch"] = False
         if _validation_was_due(trainer):  # the trainer will count this step anew when it passes over the validation
             loops["epoch_loop.state_dict"]["_batches_that_stepped"] -= 1
-    elif validation["current"]["processed"] > validation["current"]["completed"]:  # the rest of the validation
+    elif _is_validating(trainer):  # the rest of the validation
         validation["total"] = {"ready": 1, "started": 1, "processed": 0, "completed": 0}
         validation["current"] = dict.fromkeys(validation["total"], 0)
         validation["is_last_batch"] = False
+
+
+def _is_validating(trainer: L.Trainer) -> bool:
+    """Whether a batch of a validation within the training has just been measured."""
+    progress: Any = trainer.fit_loop.epoch_loop.val_loop.batch_progress.current
+    return trainer.state.fn == "fit" and progress.processed > progress.completed
 
 
 def _count(progress: dict[str, Any], **by: int) -> None:

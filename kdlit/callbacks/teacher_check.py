@@ -26,6 +26,7 @@ from kdlit.modules.classification import is_right
 from kdlit.modules.streams import read_generators, set_generators
 from kdlit.modules.teacher import FrozenTeacher
 
+_ENOUGH = 30  # pictures to tell from chance
 _TOLERANCE = 0.02  # besides three standard errors
 _CAUSES = """\
   Usual causes:
@@ -108,7 +109,8 @@ class TeacherCheck(L.Callback):
         if classes > 1:
             chance = 1 / classes
             limit = min(2 * chance, chance + 0.1 * (1 - chance))  # for two classes 55 and not 100 %
-            if self.top1 <= limit:
+            # Few pictures cannot tell a poor teacher from none.
+            if self.top1 <= limit and self.pictures_seen >= _ENOUGH:
                 return f"THE TEACHER IS HARDLY BETTER THAN CHANCE\n{measured}\n  chance:   {100 * chance:6.2f} %"
         return ""
 
@@ -158,7 +160,8 @@ class TeacherCheck(L.Callback):
 
 
 def _error(share: float, count: int) -> float:
-    """Standard error of a share."""
+    """Standard error of a share, of which a few pictures never show that it is 1."""
+    share = min(share, 1 - 1 / count)
     return math.sqrt(share * (1 - share) / count)
 
 

@@ -365,7 +365,7 @@ class PictureDataset(EpochDataset):
         self._draws = (None, torch.empty(0))
         self.pictures = Pictures(self.pictures.image.to(device), self.pictures.target.to(device))
 
-    def fingerprint(self) -> str:
+    def fingerprint(self, times: bool = True) -> str:
         """Of all pixels."""
         return of_tensors({"image": self.pictures.image})
 

@@ -160,12 +160,12 @@ class PhotographDataset(EpochDataset):
         self.data = data
         self.broken = torch.zeros(len(positions), dtype=torch.bool).share_memory_()  # type: ignore[no-untyped-call]
 
-    def fingerprint(self) -> str:
+    def fingerprint(self, times: bool = True) -> str:
         """Of the files: their names, sizes and times of change."""
         names = self.photographs.names.numpy().tobytes()
         ends = [0, *self.photographs.ends.tolist()]
         chosen = (names[ends[one] : ends[one + 1]] for one in self.positions.tolist())
-        return of_files(self.photographs.folder, chosen)
+        return of_files(self.photographs.folder, chosen, times)
 
     @property
     def labels(self) -> Tensor:

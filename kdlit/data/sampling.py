@@ -147,8 +147,11 @@ class EpochDataset(Dataset[Batch]):
     def to(self, device: torch.device) -> None:
         """Move the samples to where batches are made, if they lie in memory; here, they do not."""
 
-    def fingerprint(self) -> str:
+    def fingerprint(self, times: bool = True) -> str:
         """Changes whenever the samples or their order do, labels aside.
+
+        Args:
+            times: whether of files the times of change count, by which files of the same size are told apart.
 
         Raises:
             NotImplementedError: If the data set does not tell.

@@ -54,7 +54,8 @@ class DistillationModule(L.LightningModule):
             the networks in bfloat16; ``plain``, nothing changed; or single options.
         non_finite: what to do if logits or a loss are NaN or infinite in a training step: ``stop`` with an error that
             says where and what; or ``skip`` the batch, which moves neither weights nor statistics nor memories, and
-            stop after 100 in a row. Skipped batches count as steps, and are logged as ``train/skipped``. To skip them
+            stop after 100 in a row. Skipped batches count as steps (of gradients that are accumulated, the others of
+            the step count less), and are logged as ``train/skipped``. To skip them
             an accelerator is waited for in every step, and the run must have one process; to stop, it is not waited
             for, and the error comes some steps late.
 
@@ -202,15 +203,17 @@ class DistillationModule(L.LightningModule):
         """
         self.finite.look_back()
         skips = self.finite.policy == "skip"
-        before = [{name: one.clone() for name, one in net.named_buffers()} for net in self.trained() if skips]
+        moving = [*self.trained(), self.losses]
+        before = [{name: one.clone() for name, one in part.named_buffers()} for part in moving if skips]
         try:
             outputs = self.run_step(as_batch(batch))
         except NonFiniteError as error:
             if not skips:
+                self.finite.look_for_cause(self.named_weights(), error)
                 raise
             self.finite.pass_over(error)
             with torch.no_grad():
-                for network, buffers in zip(self.trained(), before, strict=True):
+                for network, buffers in zip(moving, before, strict=True):
                     for name, buffer in network.named_buffers():
                         buffer.copy_(buffers[name])
             return None
@@ -248,6 +251,11 @@ class DistillationModule(L.LightningModule):
                 objective = objective + term.factor * value
                 figures[name] = value.detach()
         self.finite.end(objective, figures)
+        if self.training and torch.is_grad_enabled() and not objective.requires_grad:
+            raise ValueError(
+                f"no loss depends on the student: {', '.join(self._terms())} came without a graph; see that they use "
+                "student.logits or student.features, without detach or no_grad"
+            )
         seen = student.detach()
         figures = {f"train/loss/{name}": value for name, value in figures.items()}
         figures = {"train/loss": objective.detach(), **figures, **self.watch(seen, batch)}
@@ -310,7 +318,7 @@ class DistillationModule(L.LightningModule):
             NonFiniteError: If something was not finite, or the whole epoch was skipped.
         """
         self.finite.look_back(wait=True)
-        self.finite.look_at_weights(self.named_weights())
+        self.finite.look_at_weights(_kept(self.state_dict()))
         self.finite.end_epoch(trained=self._log_figures("train"))
         if self.finite.skipped:
             self.log("train/skipped", float(self.finite.skipped))
@@ -416,8 +424,8 @@ class DistillationModule(L.LightningModule):
         """
         state = checkpoint["state_dict"]
         self.finite.look_back(wait=True)
-        weights = {name for name, _ in self.named_weights()}
-        self.finite.look_at_weights((name, value) for name, value in state.items() if name in weights)
+        for kept in (state, checkpoint.get("current_model_state", {})):  # the latter where averages stand in for them
+            self.finite.look_at_weights(_kept(kept))
         if self._trainer is not None:
             progress: Any = self.trainer.fit_loop.epoch_loop.batch_progress.current
             if progress.processed > progress.completed:  # by a callback, whose turn at the end of a step comes first
@@ -507,6 +515,14 @@ class DistillationModule(L.LightningModule):
         self.student.to(memory_format=torch.contiguous_format)
 
 
+def _kept(state: Mapping[str, Any]) -> Iterable[tuple[str, Tensor]]:
+    """What a checkpoint keeps and has to be finite: all but the teacher, and memories of losses yet to be filled."""
+    for name, value in state.items():
+        is_memory = name.startswith("losses.") and not name.endswith(("weight", "bias", "running_mean", "running_var"))
+        if isinstance(value, Tensor) and not name.startswith("teacher.") and not is_memory:
+            yield name, value
+
+
 def weighted_terms(losses: Mapping[str, WeightedLoss | DistillationLoss | None]) -> dict[str, WeightedLoss]:
     """Give bare losses weight 1 and drop the terms that are None.
 
@@ -523,6 +539,10 @@ def weighted_terms(losses: Mapping[str, WeightedLoss | DistillationLoss | None])
     for name in terms:
         if not name or "." in name:
             raise ValueError(f"the names in losses must be non-empty and without dots, got {name!r}")
+        if hasattr(nn.ModuleDict(), name):
+            raise ValueError(
+                f"a loss cannot be named {name!r}, which is a name of torch's own modules; name it otherwise"
+            )
     return terms
 
 
@@ -561,7 +581,7 @@ def run_loss(name: str, term: WeightedLoss, student: ModelOutput, teacher: Model
                 f"losses.{name} needs {error} in the batch, which has only {', '.join(batch)}{hint}"
             ) from error
         raise
-    if not isinstance(value, Tensor) or value.numel() != 1:
-        got = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else f"{type(value).__name__}"
+    if not isinstance(value, Tensor) or value.numel() != 1 or not value.is_floating_point():
+        got = f"shape {tuple(value.shape)} of {value.dtype}" if isinstance(value, Tensor) else type(value).__name__
         raise TypeError(f"losses.{name} ({type(term.loss).__name__}) must return a scalar tensor, got {got}")
     return value.reshape(())

@@ -175,6 +175,23 @@ class FiniteWatch:
                 f"written, an earlier one stays; {_OF_STUDENT}"
             )
 
+    def look_for_cause(self, weights: Iterable[tuple[str, Tensor]], error: NonFiniteError) -> None:
+        """Tell a student that is spoiled for good from a batch that it cannot take.
+
+        Args:
+            weights: the student's, by name.
+            error: what was found.
+
+        Raises:
+            NonFiniteError: If a weight is not finite.
+        """
+        odd = [name for name, one in weights if not bool(one.detach().isfinite().all())]
+        if odd:
+            raise NonFiniteError(
+                f"{error}; {len(odd)} of the student's weights are no longer finite, as {odd[0]}: the gradients of an "
+                "earlier step were not, and passing over batches or clipping gradients that are infinite cannot help"
+            ) from None
+
     def pass_over(self, error: NonFiniteError) -> None:
         """Count a batch that is skipped.
 

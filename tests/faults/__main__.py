@@ -10,7 +10,6 @@ import os
 import sys
 import tempfile
 import time
-import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,14 +20,30 @@ import kdlit.cli  # noqa: F401  what is imported here is not imported again by t
 from tests.faults import cost, fuzz, runs
 
 STUDENTS = ("--students={one: {}, other: {seed: 1, set: {model.losses.dist.weight: 2.0}}}",)
-OFTEN = ("--trainer.val_check_interval=0.5", "--trainer.accumulate_grad_batches=2")
+OFTEN = (
+    "--trainer.val_check_interval=0.5",
+    "--trainer.accumulate_grad_batches=3",
+    "--model.lr_scheduler=lightning.pytorch.cli.ReduceLROnPlateau",
+    "--model.lr_scheduler.monitor=val/cross_entropy",
+    "--model.lr_scheduler.patience=0",
+    "--model.lr_scheduler.factor=0.5",
+)
+EARLY = (
+    "--last.every_n_steps=1000",
+    "--trainer.callbacks+=lightning.pytorch.callbacks.EarlyStopping",
+    "--trainer.callbacks.monitor=val/top1",
+    "--trainer.callbacks.mode=max",
+    "--trainer.callbacks.patience=1",
+)
 # Each gets a scratch folder and a run that was left in peace.
 SCENARIOS: dict[str, Callable[[Path, Callable[..., runs.Runs]], Any]] = {
     "kills": lambda _, peace: runs.kills(peace()),
     "kills_workers": lambda _, peace: runs.kills(peace("--data.num_workers=2"), 6, 1),
     "kills_validation": lambda _, peace: runs.kills(peace(*OFTEN), 6, 2),
+    "kills_early": lambda _, peace: runs.kills(peace(*EARLY), 6, 4),
     "kills_students": lambda _, peace: runs.kills(peace(*STUDENTS), 6, 3),
     "stops": lambda _, peace: runs.stops(peace()),
+    "start_up": lambda _, peace: runs.start_up(peace()),
     "full_disk": lambda _, peace: runs.full_disk(peace()),
     "broken_checkpoint": lambda _, peace: runs.broken_checkpoint(peace()),
     "two_processes": lambda folder, _: runs.two_processes(folder),
@@ -45,7 +60,6 @@ def main() -> None:
     options = parser.parse_args()
     if unknown := set(options.scenarios) - SCENARIOS.keys():
         parser.error(f"unknown: {', '.join(sorted(unknown))}; choose from {', '.join(SCENARIOS)}")
-    warnings.filterwarnings("ignore")
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     found = {}
     with tempfile.TemporaryDirectory() as scratch:

@@ -34,7 +34,9 @@ trainer:
   num_sanity_val_steps: 0
   callbacks:
     - {class_path: tests.faults.network.Clock, init_args: {pace: 0.004}}
-    - {class_path: kdlit.callbacks.PlainBaseline}
+    - class_path: kdlit.callbacks.PlainBaseline
+      init_args:
+        lr_scheduler: {class_path: torch.optim.lr_scheduler.StepLR, init_args: {step_size: 2}}
 last: {every_n_steps: 2}
 data: {class_path: tests.faults.network.Data}
 model:
@@ -270,6 +272,32 @@ def stops(runs: Runs) -> list[dict[str, Any]]:
     return found
 
 
+def start_up(runs: Runs) -> dict[str, Any]:
+    """Tell a run to stop before it trains, and let it start again.
+
+    Args:
+        runs: where, and with which settings.
+
+    Returns:
+        ``status`` and ``message``, ``left_over`` (what the folder holds), ``identical`` and ``different``.
+    """
+    _ = runs.log
+    pid = runs.start("early")
+    runs.signal(pid, signal.SIGTERM, "start", after=0, pause=0.3)
+    status = wait(pid)
+    message = next((line for line in runs.log.splitlines() if "stopped by" in line), "")
+    left_over = [str(path) for path in (runs.folder / "early").rglob("*")]
+    runs.end("early")
+    identical, different = runs.compare("early")
+    return {
+        "status": status,
+        "message": message,
+        "left_over": left_over,
+        "identical": identical,
+        "different": different,
+    }
+
+
 def two_processes(folder: Path, number: int = 3, seed: int = 0) -> dict[str, Any]:
     """Stop and kill a run of two processes, which are started anew each time.
 
@@ -284,7 +312,8 @@ def two_processes(folder: Path, number: int = 3, seed: int = 0) -> dict[str, Any
     folder.mkdir(parents=True)
     (folder / "run.yaml").write_text(CONFIG)
     # One process alone can have a twin of the student, and more time is lost at each step.
-    text = CONFIG.replace("    - {class_path: kdlit.callbacks.PlainBaseline}\n", "").replace("0.004", "0.05")
+    before, after = CONFIG.split("    - class_path: kdlit.callbacks.PlainBaseline")
+    text = (before + after[after.index("last:") :]).replace("0.004", "0.05")
     (folder / "run.yaml").write_text(text)
     place = os.pathsep.join((str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH", "")))
     command = [sys.executable, "-m", "kdlit", "fit", "--config=run.yaml", "--ckpt_path=last"]

@@ -10,12 +10,14 @@ from pathlib import Path
 
 import pytest
 
+SCENARIOS = ("kills", "kills_validation", "kills_early", "stops", "start_up", "full_disk", "broken_checkpoint")
+
 
 @pytest.fixture(scope="module")
 def found():
     """Figures of the scenarios that every change must pass; ``python -m tests.faults`` has more."""
     done = subprocess.run(
-        [sys.executable, "-m", "tests.faults", "--json", "kills", "stops", "full_disk", "broken_checkpoint"],
+        [sys.executable, "-m", "tests.faults", "--json", *SCENARIOS],
         cwd=Path(__file__).parents[2],
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         capture_output=True,
@@ -35,6 +37,20 @@ def test_a_run_that_is_killed_20_times_ends_bit_for_bit_as_one_left_in_peace(fou
     for name in ("metrics.csv", "last.ckpt: state_dict", "last.ckpt: optimizer_states", "last.ckpt: callbacks",
                  "last.ckpt: lr_schedulers", "last.ckpt: loops", "best.ckpt: state_dict", "student.pt: model"):  # fmt: skip
         assert name in compared
+
+
+@pytest.mark.parametrize("name", ["kills_validation", "kills_early"])
+def test_validations_within_epochs_accumulation_plateaus_and_early_stopping_go_on_exactly(found, name):
+    assert found[name]["tried"] == 6
+    assert found[name]["different"] == []
+
+
+def test_a_signal_before_training_ends_the_run_with_the_documented_status(found):
+    early = found["start_up"]
+    assert early["status"] == 75
+    assert "stopped by SIGTERM outside of training; the same command goes on" in early["message"]
+    assert early["left_over"] == []
+    assert early["different"] == []
 
 
 @pytest.mark.parametrize("number", range(4))
