@@ -215,6 +215,11 @@ def test_loggers_can_be_switched_off(project, kdlit_cli):
 
 
 MISTAKES = {
+    "loss of a reserved name": (("ce:", "type:"), (), ["a loss cannot be named 'type'"]),
+    "no accumulation": (None, ("--trainer.accumulate_grad_batches=0",), ["accumulate_grad_batches must be >= 1, got 0"]),
+    "no threads": (None, ("--torch_threads=0",), ["torch_threads must be >= 1, got 0"]),
+    "checkpoint elsewhere": (None, ("--checkpoint.filename=../best",), ["must stay in the folder of the run"]),
+    "checkpoint of no name": (None, ("--checkpoint.filename={epoch}{",), ["no name with figures in braces"]),
     "misspelled key in the main config": (
         ("student:", "studnt:"), (), ["unknown key 'studnt'", "tiny.yaml, line 7", "'student'"]),
     "misspelled key of a class": (

@@ -14,6 +14,7 @@ from lightning.pytorch.core.mixins.hparams_mixin import _given_hyperparameters
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from kdlit.losses import DistillationLoss, WeightedLoss
 from kdlit.losses.functional import widened
@@ -203,7 +204,8 @@ class DistillationModule(L.LightningModule):
         """
         self.finite.look_back()
         skips = self.finite.policy == "skip"
-        moving = [*self.trained(), self.losses]
+        # Losses leave their memories alone until the step is done, but not the statistics of their connectors.
+        moving = [*self.trained(), *(one for one in self.losses.modules() if isinstance(one, _BatchNorm))]
         before = [{name: one.clone() for name, one in part.named_buffers()} for part in moving if skips]
         try:
             outputs = self.run_step(as_batch(batch))

@@ -13,7 +13,7 @@ from lightning.pytorch.plugins import MixedPrecision
 from torch import nn
 
 from kdlit import config_errors
-from kdlit.losses import CrossEntropyLoss, DistillationLoss, KDLoss, functional
+from kdlit.losses import CrossEntropyLoss, DistillationLoss, FitNetLoss, KDLoss, functional
 from kdlit.modules import ClassificationDistillation, ManyStudents, MutualLearning, finite
 from kdlit.modules.finite import NonFiniteError, TeacherDoubt
 from tests.conftest import Diary, TinyData, TinyNet
@@ -311,6 +311,40 @@ def test_networks_with_buffers_that_are_replaced_are_put_back():
     with pytest.warns(UserWarning, match="skipped a batch"):
         assert distiller.training_step({"image": image, "target": torch.arange(4)}, 0) is None
     assert distiller.student.passes == before
+
+
+def test_connectors_of_losses_are_put_back_when_a_batch_is_skipped():
+    fit = FitNetLoss(student_layers="act", teacher_layers="act")
+    distiller = module(teacher=TinyNet(width=16), extra={"fit": fit, "bad": Memory(1, 99)}, non_finite="skip").train()
+    before = {name: one.clone() for name, one in distiller.losses.named_buffers()}
+    assert any(name.endswith("running_mean") for name in before)
+    with pytest.warns(UserWarning, match="skipped a batch"):
+        assert distiller.training_step({"image": torch.randn(4, 3, 8, 8), "target": torch.arange(4)}, 0) is None
+    assert all(torch.equal(one, before[name]) for name, one in distiller.losses.named_buffers())
+
+
+def test_statistics_that_are_not_finite_are_never_saved(trainer, tmp_path):
+    def poison(pl_module):
+        pl_module.student.bn.running_var[0] = torch.inf
+
+    fitted = trainer(max_epochs=2, callbacks=[At(0, 1, poison)])
+    with pytest.raises(NonFiniteError, match=r"student\.bn\.running_var are not"):
+        fitted.fit(module(), TinyData())
+    with pytest.raises(NonFiniteError, match="no checkpoint is written"):
+        fitted.save_checkpoint(tmp_path / "bad.ckpt")
+    assert not (tmp_path / "bad.ckpt").exists()
+
+
+def test_an_objective_that_does_not_reach_the_student_is_refused():
+    class Detached(DistillationLoss):
+        needs_teacher = False
+
+        def forward(self, student, teacher, batch):
+            return student.logits.detach().square().mean()
+
+    distiller = ClassificationDistillation(TinyNet(), {"mine": Detached()}, input_size=(3, 8, 8)).train()
+    with pytest.raises(ValueError, match="no loss depends on the student: mine came without a graph"):
+        distiller.training_step({"image": torch.randn(4, 3, 8, 8), "target": torch.arange(4)}, 0)
 
 
 # Many students
