@@ -27,7 +27,8 @@ _PACKAGE, _PARSER, _LIGHTNING, _TORCH, _STANDARD = (
     str(Path(inspect.getfile(package)).parent) for package in (kdlit, jsonargparse, lightning.pytorch, torch, os)
 )
 _LIBRARIES = (_PACKAGE, str(Path(_TORCH).parent), _STANDARD)  # all that is no code of a user
-_CHECKS = (f"{_LIGHTNING}/trainer", f"{_TORCH}/optim")  # look at settings
+_SEED = f"{Path(_LIGHTNING).parent}/fabric/utilities/seed"
+_CHECKS = (f"{_LIGHTNING}/trainer", _SEED, f"{_TORCH}/optim")  # look at settings
 _RESTORING = ("checkpoint_connector.py", "run_record.py", "random_state.py", "streams.py")
 _NOISE = re.compile(r"Does not validate|Subtypes:|Errors:|Given value|Expected a <class 'NoneType'>|$")
 _CONTAINER = re.compile(r"Parser key \"(?P<key>.+)\":$|Problem with given class_path '(?P<class_path>.+)':$")

@@ -108,6 +108,7 @@ class LastCheckpoint(Checkpoint):
         self.finished = False  # by itself, before the last epoch
         self._listening = contextlib.ExitStack()
         self._restored: dict[str, Any] = {}
+        self._to_forget: tuple[int, list[int]] | None = None  # step and rows of what was logged
         self._saved_at, self._step = time.monotonic(), 0
         self._took: deque[float] = deque([0.0], maxlen=3)  # seconds of the newest checkpoints
         self._moved = False  # something has been done since the newest
@@ -126,6 +127,7 @@ class LastCheckpoint(Checkpoint):
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Clear up after an earlier process, and listen for signals."""
+        self._forget(trainer)
         if trainer.is_global_zero:
             remove_scratch(self.path.parent)
         trainer.callback_metrics.update(self._restored.get("metrics", {}))
@@ -144,15 +146,9 @@ class LastCheckpoint(Checkpoint):
         alone = trainer.world_size == 1
         agreed = alone or batch_idx % _AGREE_EVERY == 0 or self.every_n_steps is not None
         # Gradients that no step has taken yet are in no checkpoint.
-        if batch_idx == 0 or not agreed or batch_idx % trainer.accumulate_grad_batches:
-            self._moved = True
-            return
         self._moved = True
-        wish = self._agreed(trainer, self._is_time(trainer, at_boundary=False))
-        if can_go_on_within_epoch(trainer):
-            self._act(trainer, wish)
-        elif wish:
-            self._stop(trainer, wish)
+        if batch_idx > 0 and agreed and batch_idx % trainer.accumulate_grad_batches == 0:
+            self._act_within_epoch(trainer, self._agreed(trainer, self._is_time(trainer, at_boundary=False)))
 
     def on_validation_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
         """Stop in the middle of a validation, which will then be run again; several processes finish it first."""
@@ -161,10 +157,7 @@ class LastCheckpoint(Checkpoint):
         self._moved = True
         progress = trainer.fit_loop.epoch_loop.batch_progress
         if progress.is_last_batch or progress.current.ready % trainer.accumulate_grad_batches == 0:
-            if can_go_on_within_epoch(trainer):
-                self._act(trainer, self.signal)
-            elif self.signal is not None:
-                self._stop(trainer, self.signal)
+            self._act_within_epoch(trainer, self.signal)
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Let schedules that watch a figure move on at the end of an epoch that was taken up in its middle."""
@@ -201,6 +194,12 @@ class LastCheckpoint(Checkpoint):
             return
         self.save(trainer)
         if wish:
+            self._stop(trainer, wish)
+
+    def _act_within_epoch(self, trainer: L.Trainer, wish: int | None) -> None:
+        if wish is None or can_go_on_within_epoch(trainer):
+            self._act(trainer, wish)
+        elif wish:
             self._stop(trainer, wish)
 
     def _stop(self, trainer: L.Trainer, number: int) -> None:
@@ -295,12 +294,10 @@ class LastCheckpoint(Checkpoint):
             _settle(checkpoint["loops"]["fit_loop"], trainer)
 
     def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Forget what was logged about steps that will be run again, and find the best in a folder that was moved."""
+        """Note what was logged about steps that will be run again, and find the best in a folder that was moved."""
         if trainer.state.fn == "fit":
             rows = checkpoint["callbacks"].get(self.state_key, {}).get("rows", [])
-            for logger, count in zip_longest(_logs(trainer), rows):
-                if logger is not None:
-                    logger.forget_from(checkpoint["global_step"], count)
+            self._to_forget = checkpoint["global_step"], rows
             self._is_whole = self.path.exists() and Path(str(trainer.ckpt_path)).resolve() == self.path.resolve()
             for callback in trainer.checkpoint_callbacks:
                 if isinstance(callback, ModelCheckpoint) and callback.state_key in checkpoint["callbacks"]:
@@ -313,11 +310,19 @@ class LastCheckpoint(Checkpoint):
                         ) from None
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Likewise of a run that was killed before it had a checkpoint; one that has finished stays so."""
+        """Forget what will be logged again, now that nobody has refused to go on; what has finished stays so."""
         trainer.should_stop = self.finished
         if not trainer.ckpt_path:
-            for logger in _logs(trainer):
-                logger.forget_from(0)
+            self._to_forget = 0, []  # of a run that was killed before it had a checkpoint
+        self._forget(trainer)
+
+    def _forget(self, trainer: L.Trainer) -> None:
+        if self._to_forget is None:
+            return
+        (step, rows), self._to_forget = self._to_forget, None
+        for logger, count in zip_longest(_logs(trainer), rows):
+            if logger is not None:
+                logger.forget_from(step, count)
 
 
 def can_go_on_within_epoch(trainer: L.Trainer) -> bool:
