@@ -11,6 +11,8 @@ import os
 import re
 import signal
 import threading
+import time
+import traceback
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -232,13 +234,13 @@ _GRACE = 30  # seconds that a worker goes on after the first SIGTERM
 def start_worker(worker: int) -> None:
     """Let a worker process leave it to the main one when to end: what clusters and terminals send goes to all of them.
 
-    SIGINT and SIGUSR1 are ignored. A first SIGTERM is obeyed after half a minute, in which the main process can finish
-    its step, save and end its workers; a second one at once.
+    SIGINT, SIGUSR1 and SIGHUP are ignored. A first SIGTERM is obeyed after half a minute, in which the main process can
+    finish its step, save and end its workers; a second one at once.
 
     Args:
         worker: number of the worker.
     """
-    for name in ("SIGINT", "SIGUSR1"):
+    for name in ("SIGINT", "SIGUSR1", "SIGHUP"):
         if hasattr(signal, name):
             signal.signal(getattr(signal, name), signal.SIG_IGN)
     if hasattr(signal, "alarm"):
@@ -293,6 +295,21 @@ def clear_errors() -> Iterator[None]:
         if not _WORKER.search(str(error)):
             raise
         raise death_of_worker(str(error)) from None
+    except (ConnectionError, EOFError, FileNotFoundError) as error:  # while it was handing over a batch
+        if "multiprocessing" not in traceback.extract_tb(error.__traceback__)[-1].filename:
+            raise
+        raise death_of_worker(_who_died()) from None
+
+
+def _who_died() -> str:
+    """What torch says about a worker that has died, as soon as it knows."""
+    for _ in range(20):
+        try:
+            _error_if_any_worker_fails()
+        except RuntimeError as error:
+            return str(error)
+        time.sleep(0.05)
+    return ""
 
 
 def death_of_worker(message: str) -> WorkerDiedError:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import pickle
 import signal
@@ -186,3 +187,18 @@ def test_a_file_that_vanishes_is_named_or_skipped_and_counted(folders, trainer, 
     ) as one:
         trainer(callbacks=[delete]).fit(plain(2, 32), data)
     assert config_errors.users_mistake(one.value) == str(one.value)
+
+
+def test_a_worker_that_dies_while_it_hands_over_a_batch_is_told_as_such(monkeypatch):
+    from kdlit.data import sampling
+
+    def torch_knows():
+        raise RuntimeError("DataLoader worker (pid 12) is killed by signal: Killed. ")
+
+    monkeypatch.setattr(sampling, "_error_if_any_worker_fails", torch_knows)
+    one, other = multiprocessing.Pipe()
+    other.close()
+    with pytest.raises(WorkerDiedError, match="pid 12.*signal Killed"), sampling.clear_errors():
+        one.recv()
+    with pytest.raises(FileNotFoundError, match="mine"), sampling.clear_errors():
+        raise FileNotFoundError("mine")
