@@ -33,7 +33,7 @@ class _Saver(L.Callback):
             last = next(one for one in trainer.callbacks if isinstance(one, LastCheckpoint))
             for _ in range(self.times):
                 last.save(trainer)
-                self.seconds.append(last._took)
+                self.seconds.append(last._took[-1])
 
 
 def measure(folder: Path, times: int = 7) -> dict[str, dict[str, Any]]:

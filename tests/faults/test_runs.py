@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-SCENARIOS = ("kills", "kills_validation", "kills_early", "stops", "start_up", "full_disk", "broken_checkpoint")
+SCENARIOS = ("kills", "kills_validation", "kills_early", "stops", "start_up", "full_disk", "broken_checkpoint", "cost")
 
 
 @pytest.fixture(scope="module")
@@ -79,3 +79,8 @@ def test_a_broken_last_checkpoint_is_named_and_the_newest_whole_one_taken(found,
     assert broken["taken"]
     assert broken["named"] or broken["way"] == "not there"
     assert broken["different"] == []
+
+
+def test_checkpoints_take_no_more_than_their_share_of_the_time(found):
+    assert len(found["cost"]) == 2
+    assert all(0 < one["percent"] < 1.001 for one in found["cost"].values())
