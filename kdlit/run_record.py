@@ -21,7 +21,6 @@ import torch
 import yaml
 from lightning.pytorch.cli import SaveConfigCallback
 from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
-from torch import nn
 
 import kdlit
 from kdlit.callbacks import LastCheckpoint, TeacherCheck
@@ -30,9 +29,8 @@ from kdlit.data.base import without_addresses
 from kdlit.data.sampling import EpochDataset
 from kdlit.files import write_whole
 from kdlit.fingerprint import of_network, of_tensors, of_text
-from kdlit.modules import DistillationModule, ManyStudents
-from kdlit.modules.teacher import FrozenTeacher
-from kdlit.students import MADE_OF, Students
+from kdlit.modules.many_students import frozen_teacher_of
+from kdlit.students import MADE_OF, Students, flat
 
 _PACKAGES = ("torch", "torchvision", "lightning", "torchmetrics", "jsonargparse", "numpy")
 # How a run is watched and kept, not what it computes; where it runs is compared by what it comes to.
@@ -233,11 +231,12 @@ def _values(made_of: Mapping[str, Any]) -> dict[str, Any]:
     values: dict[str, Any] = {}
     for name, text in made_of.get("configs", {}).items():
         folder = str(Path(name).parent)
-        values |= _flat(yaml.safe_load(text), "" if folder == "." else f"{folder}: ")
+        prefix = "" if folder == "." else f"{folder}: "
+        values |= {f"{prefix}{key}": value for key, value in flat(yaml.safe_load(text)).items()}
     if "trainer.callbacks" in values:
         values["trainer.callbacks"] = _acting(values["trainer.callbacks"])
     for part in ("data", "teacher", "run"):
-        values |= _flat(made_of.get(part), f"the {part}: ")
+        values |= {f"the {part}: {key}": value for key, value in flat(made_of.get(part)).items()}
     return values
 
 
@@ -249,12 +248,6 @@ def _acting(callbacks: Any) -> list[Any]:
         for one in given
         if not isinstance(one, dict) or str(one.get("class_path")).rpartition(".")[2] not in _WATCHERS
     ]
-
-
-def _flat(value: Any, key: str) -> dict[str, Any]:
-    if not isinstance(value, dict) or not value:
-        return {key.removesuffix("."): value}
-    return {path: leaf for name in value for path, leaf in _flat(value[name], f"{key}{name}.").items()}
 
 
 def _is(key: str, settings: Sequence[str]) -> bool:
@@ -291,11 +284,9 @@ def _about_data(data: L.LightningDataModule | None) -> dict[str, Any] | None:
 
 
 def _about_teacher(module: L.LightningModule) -> dict[str, Any] | None:
-    frozen: Any = getattr(module, "_frozen_teacher", None)
-    frozen = frozen.frozen if isinstance(module, ManyStudents) and frozen is not None else frozen
-    if not isinstance(module, (DistillationModule, ManyStudents)) or frozen is None:
+    if (frozen := frozen_teacher_of(module)) is None:
         return None
-    network: nn.Module = cast("FrozenTeacher", frozen).network
+    network = frozen.network
     return {
         "class": type(network).__qualname__,
         "layers": of_text(without_addresses(network)),

@@ -184,7 +184,7 @@ class Students:
         return parser
 
     def _check_shared(self) -> None:
-        (first, one), *others = ((name, _flat(_shared(dump))) for name, dump in self.dumps.items())
+        (first, one), *others = ((name, flat(_shared(dump))) for name, dump in self.dumps.items())
         for name, other in others:
             odd = [key for key in {**one, **other} if one.get(key, "absent") != other.get(key, "absent")]
             if odd:
@@ -427,7 +427,13 @@ def _shared(dump: Mapping[str, Any]) -> dict[str, Any]:
     return {key: copy.copy(value) for key, value in dump.items() if key not in ("model", "seed_everything", "config")}
 
 
-def _flat(value: object, key: str = "") -> dict[str, object]:
+def flat(value: object, key: str = "") -> dict[str, object]:
+    """The values of a nest of mappings by dotted key; an empty mapping is a value.
+
+    Args:
+        value: the nest.
+        key: of the nest itself.
+    """
     if not isinstance(value, dict) or not value:
         return {key: value}
-    return {path: leaf for name in value for path, leaf in _flat(value[name], f"{key}.{name}".lstrip(".")).items()}
+    return {path: leaf for name in value for path, leaf in flat(value[name], f"{key}.{name}".lstrip(".")).items()}

@@ -28,6 +28,7 @@ from kdlit.data.sampling import EpochDataset
 from kdlit.data.teacher_logits import ABOUT, LogitFormat, TeacherLogits, create
 from kdlit.fingerprint import of_network, of_text, sketch
 from kdlit.modules import ManyStudents
+from kdlit.modules.many_students import frozen_teacher_of
 from kdlit.modules.networks import logits_of
 from kdlit.modules.teacher import FrozenTeacher
 
@@ -160,8 +161,7 @@ class TeacherCache(L.Callback):
         """Refuse what logits of known pictures are not enough for."""
         several = isinstance(pl_module, ManyStudents)
         students = pl_module.students.values() if several else [pl_module]
-        frozen: Any = getattr(pl_module, "_frozen_teacher", None)
-        frozen = frozen.frozen if several and frozen is not None else frozen
+        frozen = frozen_teacher_of(pl_module)
         if frozen is None:
             raise ValueError(f"TeacherCache needs a module with a teacher, but {type(pl_module).__name__} has none")
         data = getattr(trainer, "datamodule", None)
@@ -210,7 +210,7 @@ class TeacherCache(L.Callback):
                     f"TeacherCache keeps what a teacher says in float32, but teacher.{name} is {weight.dtype}; build "
                     "the module anew, or call teacher.float()"
                 )
-        return cast("FrozenTeacher", frozen), data
+        return frozen, data
 
     def _open(
         self,

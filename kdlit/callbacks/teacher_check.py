@@ -20,9 +20,9 @@ from torch.utils.data import DataLoader
 from kdlit.data import SplitDataModule
 from kdlit.data.sampling import EpochDataset
 from kdlit.fingerprint import of_network
-from kdlit.modules import ManyStudents
 from kdlit.modules.base import as_batch
 from kdlit.modules.classification import is_right
+from kdlit.modules.many_students import frozen_teacher_of
 from kdlit.modules.streams import read_generators, set_generators
 from kdlit.modules.teacher import FrozenTeacher
 
@@ -79,9 +79,8 @@ class TeacherCheck(L.Callback):
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Measure, compare and warn."""
         self._forget()
-        frozen: Any = getattr(pl_module, "_frozen_teacher", None)
-        frozen = frozen.frozen if isinstance(pl_module, ManyStudents) and frozen is not None else frozen
-        if not isinstance(frozen, FrozenTeacher):
+        frozen = frozen_teacher_of(pl_module)
+        if frozen is None:
             return
         self.weights = of_network(frozen.network)
         self.recorded = getattr(frozen.network, "recorded_top1", None) if self.given is None else self.given

@@ -296,6 +296,17 @@ class ManyStudents(L.LightningModule):
         checkpoint["state_dict"] = state
 
 
+def frozen_teacher_of(module: L.LightningModule) -> FrozenTeacher | None:
+    """The teacher at work in a module, or in one of several students; None if there is none.
+
+    Args:
+        module: any.
+    """
+    teacher = getattr(module, "_frozen_teacher", None)
+    teacher = teacher.frozen if isinstance(teacher, _SharedTeacher) else teacher
+    return teacher if isinstance(teacher, FrozenTeacher) else None
+
+
 class StudentOptimizers(torch.optim.Optimizer):
     """The optimizers of several students, which step together.
 
