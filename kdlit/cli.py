@@ -12,7 +12,7 @@ import sys
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal, NoReturn
+from typing import Any, Literal, NoReturn, cast
 
 import lightning as L
 import torch
@@ -318,6 +318,50 @@ class KdlitCLI(LightningCLI):
             print(f"Figures: {path}")
 
 
+class _Rebuilder(KdlitCLI):
+    """Builds what a config names, and runs nothing."""
+
+    def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
+        """None is needed."""
+        return cast("L.Trainer", None)
+
+    def _run_subcommand(self, subcommand: str) -> None: ...
+
+
+def rebuilt(run_dir: Path) -> tuple[DistillationModule, L.LightningDataModule]:
+    """Build module and data of a run again, the student as its last checkpoint has it.
+
+    Args:
+        run_dir: folder of the run, or of one student of several.
+
+    Raises:
+        FileNotFoundError: If it has no checkpoint.
+        ValueError: If its config or its checkpoint cannot be used.
+    """
+    kept = run_dir / "checkpoints"
+    if not list(kept.glob("*.ckpt")):
+        raise FileNotFoundError(f"{run_dir} has no checkpoint in checkpoints/; train it first")
+    checkpoint = _whole_one(kept)
+    _find_code_in([Path.cwd(), run_dir.absolute()])
+    unneeded = {"logger": "false", "callbacks": "null", "plugins": "null", "profiler": "null", "strategy": "auto"}
+    settings = [f"--trainer.{name}={value}" for name, value in unneeded.items()]
+    files = [f"--config={run_dir / 'config.yaml'}", f"--run_dir={run_dir}"]
+    try:
+        cli = _Rebuilder(["validate", *files, f"--ckpt_path={checkpoint}", *settings])
+    except SystemExit:  # the parser has said why
+        raise ValueError(f"{run_dir / 'config.yaml'} cannot be used any more, for the reason above") from None
+    module = cast("DistillationModule", cli.model)
+    content = load_whole(checkpoint)
+    module.on_load_checkpoint(content)
+    module.load_state_dict(content["state_dict"])
+    return module.eval(), cli.datamodule
+
+
+def _find_code_in(folders: Sequence[Path]) -> None:
+    """Let configs name classes in files that lie there."""
+    sys.path += [place for place in dict.fromkeys(map(str, folders)) if place not in sys.path]
+
+
 def _whole_one(folder: Path) -> Path:
     """``last.ckpt``, or if that is broken the newest whole checkpoint beside it, after saying so."""
     problems = []
@@ -432,8 +476,7 @@ def _say_interrupted() -> NoReturn:
 def main(args: list[str] | None = None) -> None:
     """Run the command line; mistakes of the user end in one clear message and exit status 2."""
     # A loss or network in a file in the working directory or beside a config can be named by its class_path.
-    places = [Path.cwd(), *(path.absolute().parent for path in config_errors.config_files(sys.argv[1:]))]
-    sys.path += [place for place in dict.fromkeys(map(str, places)) if place not in sys.path]
+    _find_code_in([Path.cwd(), *(path.absolute().parent for path in config_errors.config_files(sys.argv[1:]))])
     for noise in _NOISE:
         warnings.filterwarnings("ignore", f".*{noise}")
     tips = logging.getLogger("lightning.pytorch.utilities.rank_zero")
