@@ -7,6 +7,7 @@ and a run that stopped in the middle of an epoch goes on with the very next batc
 
 from __future__ import annotations
 
+import multiprocessing.process
 import os
 import re
 import signal
@@ -302,12 +303,15 @@ def clear_errors() -> Iterator[None]:
 
 
 def _who_died() -> str:
-    """What torch says about a worker that has died, as soon as it knows."""
+    """What torch says about a worker that has died, as soon as it knows; or the system, as torch says it only once."""
     for _ in range(20):
         try:
             _error_if_any_worker_fails()
         except RuntimeError as error:
             return str(error)
+        for child in list(multiprocessing.process._children):  # type: ignore[attr-defined]
+            if (code := child.exitcode) is not None and code < 0:
+                return f"DataLoader worker (pid {child.pid}) is killed by signal: {signal.strsignal(-code)}."
         time.sleep(0.05)
     return ""
 
