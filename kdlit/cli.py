@@ -32,6 +32,7 @@ from kdlit.callbacks import (
     StudentExport,
     StudentSummary,
     TeacherCheck,
+    Throughput,
     print_result,
 )
 from kdlit.callbacks.last_checkpoint import INTERRUPTED, PREEMPTED, Stopped, stopping_at_once
@@ -223,8 +224,7 @@ class KdlitCLI(LightningCLI):
             PredictionTable(f"{self.run_dir}/predictions.csv"),
         ]
         given = trainer.callbacks if isinstance(trainer.callbacks, list) else [trainer.callbacks]
-        if not any(isinstance(one, TeacherCheck) for one in given):
-            callbacks.append(TeacherCheck())
+        callbacks += [one() for one in (TeacherCheck, Throughput) if not any(isinstance(two, one) for two in given)]
         if trainer.enable_progress_bar is not False and not any(isinstance(one, ProgressBar) for one in given):
             callbacks.append(Progress())
         names = self.students.names if self.students else []

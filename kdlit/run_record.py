@@ -52,6 +52,7 @@ _IN_CHECKPOINT = ("model.init_args.optimizer", "model.init_args.lr_scheduler")
 _WATCHERS = (  # callbacks that change nothing
     *("DeviceStatsMonitor", "LearningRateMonitor", "ModelCheckpoint", "RichProgressBar", "TQDMProgressBar"),
     *("ModelSummary", "RichModelSummary", "PlainBaseline", "Progress", "StudentSummary", "TeacherCheck"),
+    *("GradientWatch", "Throughput"),
 )
 # What a network that is measured is and sees; the pictures that are taken for what, and how, may well be others.
 _SEEN = ("data", "model.init_args.student", "model.init_args.input_size", "model.init_args.teacher_input_size")

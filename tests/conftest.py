@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import os
 import pickle
 import sys
@@ -14,6 +15,7 @@ import pytest
 import torch
 from torch import nn
 
+from kdlit.callbacks.throughput import without_times
 from kdlit.data import PictureDataModule, Pictures
 
 SHARED = Path(__file__).parents[2] / "shared"
@@ -123,6 +125,13 @@ def kdlit_cli(
         return captured.out + captured.err
 
     return run
+
+
+def repeatable_log(folder: Path | str) -> list[dict[str, str]]:
+    """The rows of ``metrics.csv`` without what is measured by the clock."""
+    with (Path(folder) / "metrics.csv").open(newline="") as file:
+        rows = [without_times({key: value for key, value in row.items() if value}) for row in csv.DictReader(file)]
+    return [row for row in rows if row.keys() - {"epoch", "step"}]
 
 
 def write_cifar_layout(root: Path, classes: int = 3, train: int = 24, test: int = 9) -> Path:

@@ -11,6 +11,7 @@ import yaml
 
 from kdlit.files import alone_in
 from kdlit.run_record import differences
+from tests.conftest import repeatable_log
 from tests.faults.network import Teacher
 
 CONFIG = """
@@ -156,11 +157,11 @@ def test_two_processes_do_not_train_in_one_folder(run):
 
 
 def test_a_run_killed_before_its_first_checkpoint_starts_afresh_in_its_folder(run):
-    log = Path("run/metrics.csv").read_text()
+    log = repeatable_log("run")
     for path in Path("run/checkpoints").iterdir():
         path.unlink()
     assert "starting afresh" in run(*FIT)
-    assert Path("run/metrics.csv").read_text() == log
+    assert repeatable_log("run") == log
 
 
 def test_differences_name_keys_of_all_files():

@@ -26,7 +26,7 @@ from torch.utils.data import DataLoader
 from kdlit import losses
 from kdlit.benchmark.measure import heading, interleaved, table
 from kdlit.benchmark.training import CLASSES, quiet_trainer
-from kdlit.callbacks import Progress
+from kdlit.callbacks import Progress, Throughput
 from kdlit.loggers import RunLogger
 from kdlit.modules import ClassificationDistillation
 from kdlit.modules.means import RunningMeans
@@ -117,9 +117,21 @@ class _Alternating(ClassificationDistillation):
     def watch(self, student: ModelOutput, batch: Batch) -> dict[str, Tensor]:
         return super().watch(student, batch) if self.state != STATES[0] else {}
 
-    def show(self, objective: Tensor, batch_idx: int) -> None:
+    def show(self, outputs: dict[str, Any]) -> None:
         if self.state != STATES[0]:
-            super().show(objective, batch_idx)
+            super().show(outputs)
+
+
+class _AlternatingThroughput(Throughput):
+    """Counts and times some steps only."""
+
+    def on_train_batch_start(self, trainer: L.Trainer, pl_module: L.LightningModule, *args: Any) -> None:
+        if pl_module.state != STATES[0]:
+            super().on_train_batch_start(trainer, pl_module, *args)
+
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *args: Any) -> None:
+        if pl_module.state != STATES[0]:
+            super().on_train_batch_end(trainer, pl_module, *args)
 
 
 class _AlternatingBar(Progress):
@@ -156,11 +168,12 @@ def _epoch(seconds: float, steps: int) -> dict[str, float]:
     terms = {"ce": losses.CrossEntropyLoss(), "dkd": losses.DKDLoss()}
     module = _Alternating(_Sleeper(seconds), terms, _Sleeper(0.0), input_size=(3, 8, 8))
     director = _Director(steps)
+    bar = _AlternatingBar(console_kwargs={"stderr": True, "force_terminal": True})
     with tempfile.TemporaryDirectory() as folder:
         trainer = quiet_trainer(
             torch.device("cpu"),
             max_epochs=1,
-            callbacks=[director, LearningRateMonitor("epoch"), _AlternatingBar(console_kwargs={"stderr": True})],
+            callbacks=[director, LearningRateMonitor("epoch"), _AlternatingThroughput(), bar],
             logger=RunLogger(folder),
             enable_progress_bar=True,
         )

@@ -14,6 +14,7 @@ import torch
 from lightning.pytorch.callbacks import BasePredictionWriter
 from torch import nn
 
+from kdlit.callbacks.throughput import without_times
 from kdlit.files import write_whole
 from kdlit.modules import DistillationModule, ManyStudents, MutualLearning
 from kdlit.modules.many_students import own_values
@@ -23,11 +24,11 @@ class StudentExport(L.Callback):
     """Writes the student of the last epoch as a small file of its own when training ends.
 
     The file is a dictionary of plain tensors and numbers: ``model`` (the student's state_dict), ``num_classes``,
-    ``num_parameters``, ``epoch``, ``metrics`` (the last value of everything logged) and, of a network that has one,
-    ``note`` (how to build it). It needs neither kdlit nor the
-    teacher: ``net.load_state_dict(torch.load("student.pt")["model"])``. Of students that taught each other, the first
-    is written to ``student.pt`` and any other to ``student_NAME.pt``; of many that one teacher taught, each to a folder
-    of its name beside it.
+    ``num_parameters``, ``epoch``, ``metrics`` (the last value of everything logged but times) and, of a network that
+    has one, ``note`` (how to build it). It needs neither kdlit nor the teacher:
+    ``net.load_state_dict(torch.load("student.pt")["model"])``. Of students that taught each other, the first is written
+    to ``student.pt`` and any other to ``student_NAME.pt``; of many that one teacher taught, each to a folder of its
+    name beside it.
 
     Args:
         path: file to write.
@@ -40,7 +41,7 @@ class StudentExport(L.Callback):
         """Write the file, on the first process alone."""
         if not trainer.is_global_zero:
             return
-        figures = {name: float(value) for name, value in trainer.callback_metrics.items()}
+        figures = {name: float(value) for name, value in without_times(trainer.callback_metrics).items()}
         if isinstance(pl_module, ManyStudents):
             for name in pl_module.going:
                 own = own_values(figures, name)

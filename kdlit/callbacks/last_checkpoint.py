@@ -20,6 +20,7 @@ import torch
 from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint
 from lightning.pytorch.utilities import rank_zero_only
 
+from kdlit.callbacks.throughput import without_times
 from kdlit.data.sampling import EpochSampler, ResumableLoader
 from kdlit.files import remove_scratch, scratch_for
 from kdlit.loggers import RunLogger
@@ -286,7 +287,8 @@ class LastCheckpoint(Checkpoint):
 
         The newest value of every figure is part of it: what comes later may ask for those of an earlier epoch.
         """
-        figures = {name: torch.as_tensor(value).detach().cpu() for name, value in trainer.callback_metrics.items()}
+        figures = without_times(trainer.callback_metrics)
+        figures = {name: torch.as_tensor(value).detach().cpu() for name, value in figures.items()}
         # Of the step before a validation there will be more rows, which have to be told from those that are there.
         rows = [logger.rows for logger in _logs(trainer)] if trainer.validating else []
         checkpoint["callbacks"][self.state_key] = {"metrics": figures, "finished": self.finished, "rows": rows}

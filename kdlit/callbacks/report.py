@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import datetime
+import math
 import time
 from pathlib import Path
 from typing import Any, cast
@@ -13,21 +15,114 @@ from rich.console import Console
 from rich.table import Table
 from torch import nn
 
+from kdlit.callbacks.throughput import Throughput
 from kdlit.modules import DistillationModule, ManyStudents
 
 
 class Progress(RichProgressBar):
-    """The progress bar of Lightning, told of steps twice a second and of the last one: drawing costs time."""
+    """Says how a run is doing: losses, accuracies, pictures per second, time left of the whole run.
 
-    _told = 0.0
+    On a terminal a bar that is told of steps twice a second and of the last one, as drawing costs time; elsewhere a
+    line an epoch, at most one in ``every_s`` seconds, so that a log stays short. Losses are those of the step that was
+    last looked at (``log_every_n_steps`` of the trainer), ``train`` is the accuracy there, ``val`` that of the last
+    validation.
+
+    Args:
+        every_s: at least so many seconds lie between two lines where there is no terminal.
+        **kwargs: of ``RichProgressBar``.
+    """
+
+    def __init__(self, every_s: float = 10.0, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.every_s = every_s
+        self._told = 0.0
+        self._began: tuple[float, int] = (0.0, 0)  # when training did, and at which batch
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Draw no bar where nobody would see it move."""
+        super().setup(trainer, pl_module, stage)
+        self.console = Console(**self._console_kwargs)
+        if not self.console.is_terminal:
+            self.disable()
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Start the watch."""
+        super().on_train_start(trainer, pl_module)
+        self._began = (time.monotonic(), _batches_done(trainer))
+        self._told = 0.0
+
+    def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Tell of the epoch before, whose figures are known by now."""
+        super().on_train_epoch_start(trainer, pl_module)
+        self._tell(trainer, pl_module)
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Move on, if it is time."""
+        if not self.is_enabled:
+            return
         if time.monotonic() - self._told > 0.5 or batch_idx + 1 == trainer.num_training_batches:
             self._told = time.monotonic()
             super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Tell of the last epoch, whenever the one before was told."""
+        super().on_train_end(trainer, pl_module)
+        self._told = 0.0
+        self._tell(trainer, pl_module)
+
+    def _tell(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Print a line, unless there is a bar, one was printed a moment ago, or no epoch has ended yet."""
+        is_due = time.monotonic() - self._told > self.every_s
+        done = trainer.fit_loop.epoch_progress.current.completed
+        if self.is_enabled or not trainer.is_global_zero or not is_due or not done:
+            return
+        self._told = time.monotonic()
+        epochs = f"/{trainer.max_epochs}" if (trainer.max_epochs or -1) > 0 else ""
+        told = "  ".join(f"{name} {value}" for name, value in self.get_metrics(trainer, pl_module).items())
+        self.console.print(f"epoch {done}{epochs}  {told}", soft_wrap=True, highlight=False)
+
+    def get_metrics(self, trainer: L.Trainer, pl_module: L.LightningModule) -> dict[str, Any]:
+        """What is shown besides the epoch, by name, in the order in which it is shown."""
+        shown: dict[str, Any] = getattr(pl_module, "shown", {})
+        if not self.is_enabled:  # a line is about a whole epoch, a bar about this moment
+            shown = {key: trainer.callback_metrics.get(key, value) for key, value in shown.items()}
+        told: dict[str, Any] = {
+            key.removeprefix("train/").removeprefix("loss/"): f"{float(value):.3f}"
+            for key, value in shown.items()
+            if key.startswith("train/loss")
+        }
+        accuracies = {"train/top1": shown.get("train/top1")} | trainer.callback_metrics
+        for key, value in accuracies.items():
+            if key == "train/top1" or key.endswith("val/top1"):
+                name = key.removesuffix("/top1").replace("/", " ")
+                told |= {} if value is None else {name: f"{100 * float(value):.1f}%"}
+        own = {"loss", "val/top1", "v_num"}
+        told |= {key: value for key, value in super().get_metrics(trainer, pl_module).items() if key not in own}
+        callbacks: list[L.Callback] = cast("Any", trainer).callbacks
+        speed = next((one.images_per_s for one in callbacks if isinstance(one, Throughput)), None)
+        if not self.is_enabled and "train/images_per_s" in trainer.callback_metrics:
+            speed = float(trainer.callback_metrics["train/images_per_s"])
+        if speed is not None:
+            told["images/s"] = f"{speed:,.0f}"
+        if left := self._seconds_left(trainer):
+            told["left"] = str(datetime.timedelta(seconds=round(left)))
+        return told
+
+    def _seconds_left(self, trainer: L.Trainer) -> float | None:
+        """Of the whole run, validation included, as far as that can be told."""
+        began, first = self._began
+        done = _batches_done(trainer)
+        steps = trainer.estimated_stepping_batches if trainer.max_epochs != -1 or trainer.max_steps != -1 else math.inf
+        whole = steps * trainer.accumulate_grad_batches
+        if done <= first or not math.isfinite(whole):
+            return None
+        return (time.monotonic() - began) / (done - first) * max(whole - done, 0)
+
+
+def _batches_done(trainer: L.Trainer) -> int:
+    return trainer.fit_loop.epoch_loop.total_batch_idx + 1
 
 
 class StudentSummary(L.Callback):

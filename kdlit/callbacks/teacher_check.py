@@ -20,8 +20,8 @@ from torch.utils.data import DataLoader
 from kdlit.data import SplitDataModule
 from kdlit.data.sampling import EpochDataset
 from kdlit.fingerprint import of_network
+from kdlit.metrics import is_right
 from kdlit.modules.base import as_batch
-from kdlit.modules.classification import is_right
 from kdlit.modules.many_students import frozen_teacher_of
 from kdlit.modules.streams import read_generators, set_generators
 from kdlit.modules.teacher import FrozenTeacher

@@ -19,6 +19,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from kdlit.losses import DistillationLoss, WeightedLoss
 from kdlit.losses.functional import widened
 from kdlit.models.features import FeatureTap, dry_run
+from kdlit.modules.clock import StepClock
 from kdlit.modules.finite import FiniteWatch, NonFinite, NonFiniteError, TeacherDoubt
 from kdlit.modules.means import RunningMeans
 from kdlit.modules.networks import check_image, logits_of, run_network
@@ -95,6 +96,9 @@ class DistillationModule(L.LightningModule):
         self.means = {stage: RunningMeans() for stage in ("train", "val", "test")}
         self._means_of: int | None = None  # the epoch that the means of a checkpoint are of
         self._outputs: tuple[ModelOutput, ModelOutput, Batch] | None = None  # of a step whose end is yet to come
+        self.step_terms: dict[str, Tensor] = {}  # the weighted terms of a step that is under way, with their graph
+        self.shown: dict[str, float] = {}  # what was logged of the step that was last looked at
+        self.clock = StepClock()
 
         if teacher is not None and {id(p) for p in student.parameters()} & {id(p) for p in teacher.parameters()}:
             raise ValueError("student and teacher share parameters; give the teacher its own copy (copy.deepcopy)")
@@ -220,12 +224,16 @@ class DistillationModule(L.LightningModule):
                         buffer.copy_(buffers[name])
             return None
         self.finite.in_a_row = 0
-        self.show(outputs["loss"], batch_idx)
+        every = getattr(self._trainer, "log_every_n_steps", 0)
+        if every and batch_idx % every == 0:
+            self.show(outputs)
         return outputs
 
     def run_step(self, batch: Batch) -> dict[str, Any]:
         """What :meth:`training_step` computes, ``loss`` and what it came from, without a graph."""
-        return self.distil(batch, self.run_teacher(batch))
+        teacher = self.run_teacher(batch)
+        self.clock.mark("teacher")
+        return self.distil(batch, teacher)
 
     def trained(self) -> list[nn.Module]:
         """The networks that are trained."""
@@ -239,19 +247,23 @@ class DistillationModule(L.LightningModule):
             teacher: what :meth:`run_teacher` gave for them.
 
         Returns:
-            ``loss``, the objective, and what it came from, without a graph: ``batch``, ``student``, ``teacher``.
+            ``loss``, the objective, and what it came from, without a graph: ``batch``, ``student``, ``teacher``; and
+            ``figures``, what is logged of the step.
         """
         student = self.run_student(batch)
         self.finite.begin(self.place(), {"the teacher": teacher, "the student": student}, batch)
         if not self._teacher_doubt.settled and cast("ModelOutput | None", teacher) is not None:
             self._teacher_doubt.look(batch, teacher.logits)
+        self.clock.mark("student")
         objective = torch.zeros((), device=student.logits.device)
         figures = {}
         with torch.autocast(student.logits.device.type, enabled=False):
             for name, term in self._terms().items():
                 value = run_loss(name, term, student, teacher, batch)
-                objective = objective + term.factor * value
+                self.step_terms[name] = term.factor * value
+                objective = objective + self.step_terms[name]
                 figures[name] = value.detach()
+        self.clock.mark("losses")
         self.finite.end(objective, figures)
         if self.training and torch.is_grad_enabled() and not objective.requires_grad:
             raise ValueError(
@@ -264,7 +276,7 @@ class DistillationModule(L.LightningModule):
         self.means["train"].add(figures, len(batch["image"]))
         teacher = cast("ModelOutput", None) if teacher is None else teacher.detach()
         self._outputs = seen, teacher, batch
-        return {"loss": objective, "batch": batch, "student": seen, "teacher": teacher}
+        return {"loss": objective, "batch": batch, "student": seen, "teacher": teacher, "figures": figures}
 
     def place(self) -> tuple[int, int, int] | None:
         """Epoch, batch and step of the training that is under way; None if none is."""
@@ -272,13 +284,20 @@ class DistillationModule(L.LightningModule):
             return None
         return self.current_epoch, self.trainer.fit_loop.epoch_loop.batch_idx, self.global_step
 
-    def show(self, objective: Tensor, batch_idx: int) -> None:
-        """Put the objective on the progress bar, once in ``log_every_n_steps`` of the trainer."""
-        every = getattr(self._trainer, "log_every_n_steps", 0)
-        if every and batch_idx % every == 0:
-            # The bar reads it after every step, which must not wait for an accelerator.
-            self.log("loss", objective.detach().cpu(), prog_bar=True, logger=False)
-            self.finite.look_back(wait=True)
+    def show(self, outputs: dict[str, Any]) -> None:
+        """Look at a step more closely, once in ``log_every_n_steps`` of the trainer, and tell the progress bar.
+
+        Args:
+            outputs: of :meth:`run_step`.
+        """
+        batch = outputs["batch"]
+        if closely := self.watch_closely(outputs["student"], outputs["teacher"], batch):
+            self.means["train"].add(closely, len(batch["image"]))
+        # The bar reads these after every step, which must not wait for an accelerator.
+        means = torch.stack([value.float().mean() for value in outputs["figures"].values()])
+        self.shown = dict(zip(outputs["figures"], means.tolist(), strict=True))
+        self.log("loss", self.shown["train/loss"], prog_bar=True, logger=False)
+        self.finite.look_back(wait=True)
 
     def watch(self, student: ModelOutput, batch: Batch) -> dict[str, Tensor]:
         """What else to log about a training batch, by name: means over it, scalars, or values of each sample, ``(B,)``.
@@ -291,13 +310,32 @@ class DistillationModule(L.LightningModule):
         """
         return {}
 
+    def watch_closely(self, student: ModelOutput, teacher: ModelOutput, batch: Batch) -> dict[str, Tensor]:
+        """What else to log about one training batch in ``log_every_n_steps``, so that it may take a while; as above.
+
+        Args:
+            student: what the student gave, without a graph.
+            teacher: what the teacher gave; None if there is none.
+            batch: the pictures and their labels.
+        """
+        return {}
+
     def figures(self, stage: str) -> dict[str, Tensor]:
         """Return the means of a part of the epoch that has ended, by name, over all processes.
+
+        For ``train`` also what each term counted for: its ``weight``, its ``warmup`` and, both multiplied with the raw
+        term, ``weighted``.
 
         Args:
             stage: ``train``, ``val`` or ``test``.
         """
-        return self.means[stage].take(self._over_processes)
+        figures = self.means[stage].take(self._over_processes)
+        for name, term in self._terms().items() if stage == "train" else ():
+            if (raw := figures.get(f"train/loss/{name}")) is not None:
+                figures[f"train/weight/{name}"] = torch.tensor(term.weight)
+                figures[f"train/warmup/{name}"] = torch.tensor(term.warmup)
+                figures[f"train/weighted/{name}"] = term.factor * raw
+        return figures
 
     def _over_processes(self, sums: Tensor) -> Tensor:
         return cast("Tensor", self.trainer.strategy.reduce(sums, reduce_op="sum"))
@@ -382,6 +420,7 @@ class DistillationModule(L.LightningModule):
 
     def _remember(self) -> None:
         """Update them after a step, once."""
+        self.step_terms = {}
         outputs, self._outputs = self._outputs, None
         if outputs is not None:
             for term in self._terms().values():

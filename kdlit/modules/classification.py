@@ -2,28 +2,45 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from typing import Any, cast
 
 import torch.nn.functional as F
 from torch import Tensor
 
 from kdlit.losses.functional import check_target, widened
+from kdlit.metrics import CalibrationError, is_right, student_figures, teacher_figures
 from kdlit.modules.base import DistillationModule, as_batch
 from kdlit.modules.networks import check_image
 from kdlit.types import Batch, ModelOutput
 
 
 class ClassificationDistillation(DistillationModule):
-    """Distils an image classifier, and says how good student and teacher are and how often they agree.
+    """Distils an image classifier, and says how good student and teacher are and how they differ.
 
-    Logged, all as fractions of 1 but the losses: ``train/top1``; for ``val`` and ``test``, over the whole split,
-    ``cross_entropy``, ``top1``, ``top5`` and, with a teacher, ``teacher_top1`` and ``agreement`` (share of
-    pictures for which both networks name the same class). With fewer than five classes ``top5`` counts them all.
+    Logged for ``val`` and ``test``, over the whole split: ``cross_entropy``, what
+    :func:`~kdlit.metrics.student_figures` and, with a teacher, :func:`~kdlit.metrics.teacher_figures` give, and the
+    expected calibration errors ``ece`` and ``teacher_ece``. For ``train``, as pictures are augmented and weights move:
+    ``top1`` of all batches, and the other figures of one batch in ``log_every_n_steps`` of the trainer. Shares and
+    accuracies are fractions of 1.
     """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._calibration: dict[tuple[str, str], CalibrationError] = defaultdict(CalibrationError)
 
     def watch(self, student: ModelOutput, batch: Batch) -> dict[str, Tensor]:
         """Where the student is right about the training pictures, if they have labels."""
         return {"train/top1": is_right(student.logits, batch["target"])} if "target" in batch else {}
+
+    def watch_closely(self, student: ModelOutput, teacher: ModelOutput, batch: Batch) -> dict[str, Tensor]:
+        """How the student stands to its teacher on the training pictures."""
+        target = batch.get("target")
+        figures = student_figures(student.logits, target)
+        figures.pop("top1", None)  # it is known of all batches
+        if cast("ModelOutput | None", teacher) is not None:
+            figures |= teacher_figures(student.logits, teacher.logits, target)
+        return {f"train/{name}": value for name, value in figures.items()}
 
     def validation_step(self, batch: Any, batch_idx: int) -> None:
         """Measure student and teacher on validation pictures."""
@@ -51,15 +68,25 @@ class ClassificationDistillation(DistillationModule):
         logits = widened(self(batch["image"]))
         check_target(batch["target"], logits)
         target = batch["target"].long()
-        figures = {
-            "cross_entropy": F.cross_entropy(logits, target),
-            "top1": is_right(logits, target),
-            "top5": is_right(logits, target, k=min(5, self.num_classes)),
-        }
+        cross_entropy = F.cross_entropy(logits, target)
+        figures = {"cross_entropy": cross_entropy} | student_figures(logits, target)
+        self._calibration[stage, ""].add(logits, target)
         if cast("ModelOutput | None", teacher) is not None:
-            figures["teacher_top1"] = is_right(teacher.logits, target)
-            figures["agreement"] = is_right(logits, teacher.logits.argmax(dim=-1))
+            figures |= teacher_figures(logits, teacher.logits, target)
+            self._calibration[stage, "teacher_"].add(teacher.logits, target)
         return {f"{stage}/{name}": value for name, value in figures.items()}
+
+    def figures(self, stage: str) -> dict[str, Tensor]:
+        """Return the means of a part of the epoch that has ended, and the calibration errors."""
+        figures = super().figures(stage)
+        for (of, whose), error in self._calibration.items():
+            if of == stage and (value := error.take(self._over_processes)) is not None:
+                figures[f"{stage}/{whose}ece"] = value
+        return figures
+
+    def _start_anew(self, stage: str) -> None:
+        super()._start_anew(stage)
+        self._calibration.clear()
 
     def predict_step(self, batch: Any, batch_idx: int) -> dict[str, Tensor]:
         """Name the classes of pictures.
@@ -73,16 +100,3 @@ class ClassificationDistillation(DistillationModule):
         confidence, label = logits.softmax(dim=-1).max(dim=-1)
         prediction = {"label": label, "confidence": confidence, "logits": logits}
         return prediction | {name: batch[name] for name in ("target", "index") if name in batch}
-
-
-def is_right(logits: Tensor, target: Tensor, k: int = 1) -> Tensor:
-    """Whether the label is among the ``k`` largest logits, for each sample: bool, shape ``(B,)``.
-
-    Args:
-        logits: shape ``(B, C)``.
-        target: labels, shape ``(B,)``.
-        k: how many.
-    """
-    if k == 1:
-        return logits.argmax(dim=-1) == target
-    return (logits.topk(k, dim=-1).indices == target[:, None]).any(dim=-1)

@@ -98,6 +98,12 @@ class ManyStudents(L.LightningModule):
         """Names of the students that have not been dropped."""
         return [name for name in self.names if name not in self.dropped]
 
+    @property
+    def shown(self) -> dict[str, float]:
+        """The objectives of the step that was last looked at."""
+        every = {name: self.students[name].shown for name in self.going}
+        return {f"train/loss/{name}": shown["train/loss"] for name, shown in every.items() if shown}
+
     @contextmanager
     def turn(self, name: str) -> Iterator[DistillationModule]:
         """Give a student, while the global random generators are its own; errors are told with its name."""

@@ -11,8 +11,9 @@ from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor, nn
 
 from kdlit.losses import CrossEntropyLoss, DistillationLoss, DMLLoss, WeightedLoss
+from kdlit.metrics import is_right
 from kdlit.modules.base import default_optimizer, run_loss, weighted_terms
-from kdlit.modules.classification import ClassificationDistillation, is_right
+from kdlit.modules.classification import ClassificationDistillation
 from kdlit.modules.finite import NonFinite
 from kdlit.modules.networks import check_image, logits_of, run_network
 from kdlit.modules.performance import Performance, Preset, compile_in_place
@@ -150,6 +151,7 @@ class MutualLearning(ClassificationDistillation):
                 name: run_network(f"student {name}", student, self._taps[name], batch, strong)
                 for name, student in self.students.items()
             }
+        self.clock.mark("student")
         self.finite.begin(self.place(), {f"student {name}": output for name, output in outputs.items()}, batch)
         detached = {name: output.detach() for name, output in outputs.items()}
         objectives = {name: torch.zeros((), device=device) for name in self.names}
@@ -158,8 +160,10 @@ class MutualLearning(ClassificationDistillation):
             for path, term in self._terms().items():
                 name, peer = self._pairs[path]
                 value = run_loss(path, term, outputs[name], cast("ModelOutput", detached.get(peer)), batch)
-                objectives[name] = objectives[name] + term.factor * value / (len(self.peers) if peer else 1)
+                self.step_terms[path] = term.factor * value / (len(self.peers) if peer else 1)
+                objectives[name] = objectives[name] + self.step_terms[path]
                 figures[path] = value.detach()
+        self.clock.mark("losses")
         objective = torch.stack(list(objectives.values())).sum()
         self.finite.end(objective, figures)
         figures |= {name: value.detach() for name, value in objectives.items()}
@@ -172,10 +176,13 @@ class MutualLearning(ClassificationDistillation):
             figures["train/top1"] = figures[f"train/{self.names[0]}/top1"]
         self.means["train"].add(figures, len(batch["image"]))
         self._seen = detached, batch
-        return {"loss": objective, "batch": batch, "students": detached}
+        first = detached[self.names[0]]
+        more = {"students": detached, "figures": figures}
+        return {"loss": objective, "batch": batch, "student": first, "teacher": None, **more}
 
     def _remember(self) -> None:
         """Let the losses update their memories after a step, once."""
+        self.step_terms = {}
         seen, self._seen = self._seen, None
         if seen is not None:
             students, batch = seen
