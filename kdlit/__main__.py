@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import sys
+from importlib import import_module
 
 USAGE = """\
 usage: kdlit {fit,validate,test,predict} --config FILE [--config FILE ...] [--NAME.SUBNAME=VALUE ...]
        kdlit chain --config FILE [--run_dir FOLDER]
        kdlit models [NAME]
+       kdlit compare RUN_DIR...
+       kdlit report RUN_DIR...
+       kdlit export RUN_DIR --format {state_dict,torch_export,onnx}
+       kdlit sweep --config FILE [--run_dir FOLDER]
+       kdlit dashboard --project NAME
 
 Knowledge distillation of vision models.
 
@@ -18,6 +24,11 @@ commands:
   predict    write the predicted classes of the test pictures to predictions.csv
   chain      train the links of a chain file in turn, each with an earlier one as its teacher; resumes by itself
   models     list the networks: parameters, multiply-adds, feature layers, published accuracy
+  compare    gather runs into a table: seeds, difference to KD, published values
+  report     write what there is to see of runs into one HTML file
+  export     take the student out of a run, checked against it on real pictures
+  sweep      try values of a config, and choose by held-out training pictures; resumes by itself
+  dashboard  lay out what is logged as a W&B workspace
 
 common options:
   --config FILE             config in YAML; later ones override earlier ones
@@ -30,6 +41,16 @@ common options:
 `kdlit fit --help` lists every option; `kdlit fit --model.losses.help=DKDLoss` those of one class.
 """
 
+COMMANDS = {  # those that do not need the trainer, and the rooms where they live
+    "chain": "kdlit.chain",
+    "models": "kdlit.zoo",
+    "compare": "kdlit.scoreboard",
+    "report": "kdlit.report",
+    "export": "kdlit.artefacts",
+    "sweep": "kdlit.sweeps",
+    "dashboard": "kdlit.workspace",
+}
+
 
 def main() -> None:
     """Answer what needs no torch at once, and hand everything else to the command line proper."""
@@ -40,14 +61,8 @@ def main() -> None:
         from kdlit import __version__
 
         print(f"kdlit {__version__}")
-    elif arguments[0] == "chain":
-        from kdlit.chain import main as run_chain
-
-        run_chain(arguments[1:])
-    elif arguments[0] == "models":
-        from kdlit.zoo import main as list_models
-
-        list_models(arguments[1:])
+    elif arguments[0] in COMMANDS:
+        import_module(COMMANDS[arguments[0]]).main(arguments[1:])
     else:
         from kdlit.cli import main as run
 

@@ -1,0 +1,275 @@
+"""Runs gathered into rows, rows into sections, and each row held against plain KD and against what is published."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from kdlit.scoreboard import settings as names
+from kdlit.scoreboard.entries import CHOSEN_TEST, FIGURES, LAST_TEST, Entry, Figure
+from kdlit.scoreboard.published import Verdict, find_published, verdict
+from kdlit.scoreboard.statistics import Difference, Sample, holm, paired
+
+AGAINST = "KD"  # the method that all others are held against
+REFERENCE = "what the others are held against"
+
+
+@dataclass(frozen=True)
+class Row:
+    """Runs that differ in their seed alone.
+
+    Attributes:
+        method: as ``KD + LS``.
+        telling: settings that tell it from other rows of the same method.
+        teacher: name of its teacher; empty if it has none.
+        entries: its runs, one a seed.
+        figures: what they measured.
+        compared: the figure that is held against plain KD, or would be; None if there is none that may be.
+        difference: to plain KD.
+        reference: label of the row that it is the difference to.
+        no_difference: why there is none.
+        verdicts: against each published value of this cell.
+    """
+
+    method: str
+    telling: str
+    teacher: str
+    entries: tuple[Entry, ...]
+    figures: dict[Figure, Sample]
+    compared: Figure | None = None
+    difference: Difference | None = None
+    reference: str = ""
+    no_difference: str = ""
+    verdicts: tuple[Verdict, ...] = ()
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """Those of its runs."""
+        return self.entries[0].settings
+
+    @property
+    def label(self) -> str:
+        """The method with what tells it from other rows."""
+        return f"{self.method}, {self.telling}" if self.telling else self.method
+
+    @property
+    def unfinished(self) -> str:
+        """Which of its runs are unfinished, as ``seed 1: 12 of 240 epochs``; empty if none."""
+        going = [one for one in self.entries if not one.finished]
+        return "; ".join(f"seed {one.seed}: {one.epochs} of {one.planned or '?'} epochs" for one in going)
+
+
+@dataclass(frozen=True)
+class Section:
+    """All rows of one pair of networks on the same data.
+
+    Attributes:
+        data: class of the data module.
+        teacher: name of the network; empty if there is none.
+        student: likewise.
+        rows: best first among those with the same figure.
+    """
+
+    data: str
+    teacher: str
+    student: str
+    rows: tuple[Row, ...]
+
+    @property
+    def title(self) -> str:
+        """As ``CIFAR100: resnet32x4 → resnet8x4``."""
+        return f"{self.data}: {self.teacher} → {self.student}" if self.teacher else f"{self.data}: {self.student}"
+
+    @property
+    def figures(self) -> list[Figure]:
+        """Those that any row has, in the order of the columns."""
+        return [kind for kind in FIGURES if any(kind in row.figures for row in self.rows)]
+
+
+@dataclass(frozen=True)
+class Scoreboard:
+    """The whole table.
+
+    Attributes:
+        sections: sorted by data and networks.
+        against: the method that the others are held against.
+        notes: what a reader has to know, and which runs were left out.
+    """
+
+    sections: tuple[Section, ...]
+    against: str
+    notes: tuple[str, ...]
+
+
+def gather(
+    entries: Sequence[Entry], problems: Sequence[str] = (), *, unfinished: bool = False, against: str = AGAINST
+) -> Scoreboard:
+    """Make the scoreboard of some runs; their order does not matter.
+
+    Args:
+        entries: the runs.
+        problems: what is wrong with others that could not be read.
+        unfinished: whether runs that have not ended as planned count, too.
+        against: the method that the others are held against, with its telling settings if there are several of it.
+
+    Raises:
+        ValueError: If no run is left.
+    """
+    notes = [f"{entry.name}: {note}" for entry in entries for note in entry.notes]
+    counted = [entry for entry in entries if entry.finished or unfinished]
+    if left := [entry.name for entry in entries if entry not in counted]:
+        notes.append(f"not counted, as unfinished (--unfinished counts them): {', '.join(sorted(left))}")
+    if not counted:
+        raise ValueError(" ".join(["no run is left to compare.", *sorted(problems), *sorted(notes)]))
+    sections: dict[tuple[str, str, str], list[Row]] = defaultdict(list)
+    for group in _groups(counted):
+        kept, told = _one_of_each_seed(group)
+        row = _row(kept)
+        notes += told + _about(row)
+        sections[kept[0].data, kept[0].teacher, kept[0].student].append(row)
+    # A student alone belongs to every pair that it is the student of.
+    for place in [place for place in sections if not place[1]]:
+        pairs = [other for other in sections if other[1] and (other[0], other[2]) == (place[0], place[2])]
+        for other in pairs:
+            sections[other] += sections[place]
+        if pairs:
+            del sections[place]
+    done = [_section(*place, rows, against) for place, rows in sorted(sections.items())]
+    return Scoreboard(tuple(done), against, tuple(sorted({*notes, *problems})))
+
+
+def _groups(entries: Sequence[Entry]) -> list[list[Entry]]:
+    """Runs that differ in their seed alone."""
+    groups: list[list[Entry]] = []
+    for entry in sorted(entries, key=lambda one: one.name):
+        for group in groups:
+            if group[0].settings == entry.settings:
+                group.append(entry)
+                break
+        else:
+            groups.append([entry])
+    return groups
+
+
+def _one_of_each_seed(group: Sequence[Entry]) -> tuple[tuple[Entry, ...], list[str]]:
+    """The newest run of each seed, and which others are left out."""
+    newest: dict[str, Entry] = {}
+    told = []
+    for entry in sorted(group, key=lambda one: (one.started, one.name)):
+        if (older := newest.get(entry.seed)) is not None:
+            told.append(
+                f"{older.name}: not counted: {entry.name} is a newer run with the same settings and seed {entry.seed}"
+            )
+        newest[entry.seed] = entry
+    return tuple(sorted(newest.values(), key=lambda one: (len(one.seed), one.seed))), told
+
+
+def _row(entries: tuple[Entry, ...]) -> Row:
+    figures = {
+        kind: Sample({one.seed: one.figures[kind] for one in entries if kind in one.figures})
+        for kind in FIGURES
+        if any(kind in one.figures for one in entries)
+    }
+    first = entries[0]
+    return Row(first.method, "", first.teacher, entries, figures, _best_known(figures))
+
+
+def _best_known(figures: dict[Figure, Sample]) -> Figure | None:
+    """The figure to compare by: that of most seeds, and of these the first by preference; none that is biased."""
+    allowed = [kind for kind in FIGURES if kind in figures and not kind.is_biased]
+    return max(allowed, key=lambda kind: len(figures[kind].values), default=None)
+
+
+def _about(row: Row) -> list[str]:
+    notes = []
+    whose = f"{row.method} ({', '.join(one.name for one in row.entries)})"
+    if len(row.entries) > 1 and len({one.shared_order for one in row.entries} - {None}) == 1:
+        notes.append(
+            f"{whose}: all seeds see the pictures in the same order (data.seed), so they vary less than separate runs"
+        )
+    if len(versions := {one.version for one in row.entries}) > 1:
+        notes.append(f"{whose}: made by different versions of kdlit: {', '.join(sorted(versions))}")
+    if row.unfinished:
+        notes.append(f"{whose}: unfinished runs count, as asked: {row.unfinished}")
+    return notes
+
+
+def _section(data: str, teacher: str, student: str, rows: list[Row], against: str) -> Section:
+    told = []
+    for row in rows:
+        others = [one for one in rows if one.method == row.method]
+        keys = names.differing([one.settings for one in others])
+        told.append(replace(row, telling=names.told(row.settings, keys) if len(others) > 1 else ""))
+    references = [row for row in told if against in (row.label, row.method)]
+    compared = [_against(row, references, against) for row in told]
+    families: dict[int, list[int]] = defaultdict(list)  # the tests against one reference, by its place
+    for place, (row, reference) in enumerate(compared):
+        if row.difference is not None and row.difference.p is not None and reference is not None:
+            families[references.index(reference)].append(place)
+    done = [row for row, _ in compared]
+    for places in families.values():
+        adjusted = holm([done[place].difference.p or 0.0 for place in places])  # type: ignore[union-attr]
+        for place, value in zip(places, adjusted, strict=True):
+            difference = done[place].difference
+            assert difference is not None
+            done[place] = replace(done[place], difference=replace(difference, adjusted=value))
+    done = [replace(row, verdicts=_verdicts(row, data, teacher, student)) for row in done]
+    order = {kind: place for place, kind in enumerate(FIGURES)}
+
+    def rank(row: Row) -> tuple[int, float, str, str]:
+        if row.compared is None:
+            return len(order), 0.0, row.label, row.entries[0].name
+        return order[row.compared], -row.figures[row.compared].mean, row.label, row.entries[0].name
+
+    return Section(data, teacher, student, tuple(sorted(done, key=rank)))
+
+
+def _against(row: Row, references: list[Row], against: str) -> tuple[Row, Row | None]:
+    """A row with its difference to the reference that was trained under the same conditions, and that one."""
+    if any(row is one for one in references) and len(references) == 1:
+        return replace(row, no_difference=REFERENCE), None
+    if not references:
+        return replace(row, no_difference=f"no {against} here"), None
+    with_teacher = bool(row.teacher)
+    ours = names.conditions(row.settings, with_teacher)
+    fitting = [one for one in references if names.conditions(one.settings, with_teacher) == ours]
+    if any(row is one for one in fitting):
+        others = ", ".join(one.label for one in fitting if one is not row)
+        text = f"one of several {against}: name one by --against ({others})" if others else REFERENCE
+        return replace(row, no_difference=text), None
+    if not fitting:
+        theirs = [names.conditions(one.settings, with_teacher) for one in references]
+        nearest = min(theirs, key=lambda one: (len(names.differing([ours, one])), str(sorted(one.items()))))
+        keys = names.differing([ours, nearest])
+        return replace(row, no_difference=f"{against} was trained otherwise: {names.told(nearest, keys, 3)}"), None
+    if len(fitting) > 1:
+        labels = "; ".join(sorted(one.label for one in fitting))
+        return replace(row, no_difference=f"several {against}: name one by --against: {labels}"), None
+    reference = fitting[0]
+    if row.unfinished or reference.unfinished:
+        return replace(row, no_difference="unfinished runs are not compared"), None
+    both = {kind: row.figures[kind] for kind in row.figures if kind in reference.figures}
+    shared = {
+        kind: difference
+        for kind in FIGURES
+        if kind in both
+        and not kind.is_biased
+        and (difference := paired(both[kind].values, reference.figures[kind].values)) is not None
+    }
+    if not shared:
+        return replace(row, no_difference=f"no seed has the same figure here and for {against}"), None
+    kind = max(shared, key=lambda one: shared[one].n)
+    return replace(row, compared=kind, difference=shared[kind], reference=reference.label), reference
+
+
+def _verdicts(row: Row, data: str, teacher: str, student: str) -> tuple[Verdict, ...]:
+    lacking = "unfinished runs" if row.unfinished else ""
+    if not lacking and LAST_TEST not in row.figures and CHOSEN_TEST in row.figures:
+        lacking = "only the epoch chosen on val was tested"
+    tops = [one.teacher_top1 for one in row.entries if one.teacher_top1 is not None]
+    return tuple(
+        verdict(one, row.figures.get(LAST_TEST), row.settings, tops[0] if tops else None, lacking)
+        for one in find_published(data, teacher, student, row.method)
+    )
