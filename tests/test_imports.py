@@ -52,6 +52,20 @@ ALLOWED = {
         "kdlit.modules",
         "kdlit.types",
     },
+    "figures": {
+        "torch",
+        "numpy",
+        "sklearn",
+        "matplotlib",
+        "lightning",
+        "kdlit.data",
+        "kdlit.losses",
+        "kdlit.metrics",
+        "kdlit.models",
+        "kdlit.modules",
+        "kdlit.runs",
+        "kdlit.types",
+    },
     "scoreboard": {"yaml", "rich", "scipy", "kdlit.files", "kdlit.runs"},
 }
 STANDARD = __import__("sys").stdlib_module_names | {"typing_extensions"}
