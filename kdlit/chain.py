@@ -26,26 +26,33 @@ The same command again skips the links that are finished and goes on with the on
 from __future__ import annotations
 
 import argparse
-import contextlib
-import difflib
-import io
 import json
 import re
-import signal
 import subprocess
 import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import yaml
 
-_STOPPED = (75, 130)  # exit statuses of a run that a signal told to stop, and that has saved
+from kdlit.command_files import (
+    STOPPED,
+    CommandFileError,
+    close,
+    differences,
+    mapping,
+    passed_on_to,
+    read_file,
+    resolved,
+    stop,
+)
+
 _SET_BY_THE_CHAIN = ("config", "run_dir", "ckpt_path", "print_config")
 
 
-class ChainError(ValueError):
+class ChainError(CommandFileError):
     """The chain file, or what an earlier run of it left behind, does not allow to go on."""
 
 
@@ -104,8 +111,8 @@ class Link:
             spec = {"class_path": "kdlit.models.from_checkpoint", "init_args": weights}
             arguments.append(f"--model.teacher={json.dumps(spec)}")
         try:
-            self.config = _resolved(arguments)
-        except ChainError as error:
+            self.config = resolved(arguments)
+        except CommandFileError as error:
             raise ChainError(f"link {self.name!r}: {error}") from None
 
     def check(self) -> None:
@@ -127,7 +134,7 @@ class Link:
             ) from None
         if before != self.config:
             raise ChainError(
-                f"link {self.name!r} was trained with another config: {_differences(before, self.config)}; {cure}"
+                f"link {self.name!r} was trained with another config: {differences(before, self.config)}; {cure}"
             )
         if self.teacher is not None and not self.teacher.is_finished:
             raise ChainError(
@@ -147,9 +154,9 @@ class Link:
         write_whole(self.folder / "link.yaml", lambda file: file.write(text))
         options = ["--config", str(self.folder / "link.yaml"), "--run_dir", str(self.folder), "--ckpt_path=last"]
         process = subprocess.Popen([sys.executable, "-m", "kdlit", "fit", *options])
-        with _passed_on_to(process):
+        with passed_on_to(process):
             status = process.wait()
-        if status in _STOPPED:
+        if status in STOPPED:
             said = f"link {self.name!r} was stopped; kdlit chain with the same arguments goes on"
             print(f"kdlit: {said}", file=sys.stderr)
             sys.exit(status)
@@ -158,19 +165,6 @@ class Link:
                 f"link {self.name!r} failed with exit status {status}; what it has done is in {self.folder}, and the "
                 "same command goes on from there"
             )
-
-
-@contextlib.contextmanager
-def _passed_on_to(process: subprocess.Popen[bytes]) -> Iterator[None]:
-    """Let a process answer the signals that this one gets; a terminal sends Ctrl-C to both."""
-    numbers = [getattr(signal, name) for name in ("SIGTERM", "SIGUSR1", "SIGHUP") if hasattr(signal, name)]
-    handlers = {number: signal.signal(number, lambda given, _: process.send_signal(given)) for number in numbers}
-    handlers[signal.SIGINT] = signal.signal(signal.SIGINT, signal.SIG_IGN)
-    try:
-        yield
-    finally:
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
 
 
 def read_chain(path: Path, run_dir: str | None = None) -> list[Link]:
@@ -186,17 +180,7 @@ def read_chain(path: Path, run_dir: str | None = None) -> list[Link]:
     Raises:
         ChainError: If a file is missing, a key unknown, or a teacher neither an earlier link nor a network.
     """
-    from kdlit.config_errors import check_yaml  # not before it is needed: it loads torch
-
-    try:
-        text = path.read_text(encoding="utf-8")
-        check_yaml(text)
-        content = yaml.safe_load(text)
-    except OSError as error:
-        raise ChainError(f"{path}: cannot be read: {error.strerror}") from None
-    except (yaml.YAMLError, ValueError) as error:  # the latter for a date that is none
-        raise ChainError(f"{path}: is not YAML: {' '.join(str(error).split())}") from None
-    chain = _mapping(content, str(path), ("run_dir", "links"))
+    chain = read_file(path, ("run_dir", "links"))
     if not isinstance(chain.get("links"), dict) or not chain["links"]:
         raise ChainError(f"{path}: links must map the name of each link to its configs, got {chain.get('links')!r}")
     folder = run_dir or chain.get("run_dir") or f"runs/{path.stem}"
@@ -207,7 +191,7 @@ def read_chain(path: Path, run_dir: str | None = None) -> list[Link]:
         place = f"{path}: links.{name}"
         if not isinstance(name, str) or not re.fullmatch(r"[\w-]+", name):
             raise ChainError(f"{place}: the name of a link must be made of letters, digits, _ and -, got {name!r}")
-        settings = _mapping(settings, place, ("configs", "overrides", "teacher"))
+        settings = mapping(settings, place, ("configs", "overrides", "teacher"))
         arguments = [f"--config={config}" for config in _configs(settings.get("configs"), path.parent, place)]
         teacher, teacher_arguments = _teacher(settings, links, list(chain["links"]), place)
         overrides = settings.get("overrides") or {}
@@ -219,15 +203,6 @@ def read_chain(path: Path, run_dir: str | None = None) -> list[Link]:
             arguments.append(f"--{key}={value if isinstance(value, str) else json.dumps(value, default=str)}")
         links[name] = Link(name, Path(folder) / name, arguments + teacher_arguments, teacher)
     return list(links.values())
-
-
-def _mapping(content: object, place: str, keys: Sequence[str]) -> dict[str, Any]:
-    if not isinstance(content, dict):
-        raise ChainError(f"{place}: must have the keys {', '.join(keys)}, got {content!r}")
-    for key in content:
-        if key not in keys:
-            raise ChainError(f"{place}: unknown key {key!r}{_close(key, keys)}")
-    return content
 
 
 def _configs(names: object, base: Path, place: str) -> Iterable[Path]:
@@ -252,54 +227,13 @@ def _teacher(
         )
     if isinstance(teacher, str) and "." not in teacher:
         raise ChainError(
-            f"{place}.teacher: there is no link {teacher!r}{_close(teacher, list(earlier))}; a network is named in "
+            f"{place}.teacher: there is no link {teacher!r}{close(teacher, list(earlier))}; a network is named in "
             "full, as in kdlit.models.resnet20"
         )
     if teacher is not None and not isinstance(teacher, (str, dict)):
         raise ChainError(f"{place}.teacher must be an earlier link, a network or null, got {teacher!r}")
     text = teacher if isinstance(teacher, str) else json.dumps(teacher)
     return None, [f"--model.teacher={text}"] if "teacher" in settings else []
-
-
-def _close(name: object, candidates: Sequence[str]) -> str:
-    close = difflib.get_close_matches(str(name), candidates, cutoff=0.5) or candidates
-    return f"; did you mean {' or '.join(map(repr, close))}?" if close else ""
-
-
-def _resolved(arguments: list[str]) -> dict[str, Any]:
-    """What ``kdlit fit ARGUMENTS --print_config`` prints."""
-    from kdlit.cli import main as run
-
-    printed, complaint = io.StringIO(), io.StringIO()
-    given, sys.argv = sys.argv, ["kdlit", "fit", *arguments, "--print_config"]
-    try:
-        with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(complaint):
-            run()
-    except SystemExit as stop:
-        if stop.code:
-            text = stop.code if isinstance(stop.code, str) else complaint.getvalue()
-            raise ChainError(text.split("kdlit: error: ")[-1].strip()) from None
-    finally:
-        sys.argv = given
-    config: dict[str, Any] = yaml.safe_load(printed.getvalue())
-    return config
-
-
-def _differences(before: object, now: object) -> str:
-    """Name the first few keys whose values differ, and both values."""
-    old, new = _flat(before), _flat(now)
-    texts = [
-        f"{key} was {old.get(key, 'absent')!r}, is now {new.get(key, 'absent')!r}"
-        for key in {**old, **new}
-        if key not in old or key not in new or old[key] != new[key]
-    ]
-    return "; ".join(texts[:4]) + (f"; and {len(texts) - 4} more" if len(texts) > 4 else "")
-
-
-def _flat(value: object, key: str = "") -> dict[str, object]:
-    if not isinstance(value, dict) or not value:
-        return {key: value}
-    return {path: leaf for name in value for path, leaf in _flat(value[name], f"{key}.{name}".lstrip(".")).items()}
 
 
 def print_chain(links: Sequence[Link]) -> None:
@@ -356,22 +290,17 @@ def main(args: Sequence[str] | None = None) -> None:
             link.resolve()
         for link in links:
             link.check()
-    except ChainError as error:
-        _stop(str(error), 2)
+    except CommandFileError as error:
+        stop(str(error), 2)
     for number, link in enumerate(links, start=1):
         state = "finished before" if link.is_finished else "goes on" if link.has_begun else "begins"
         print(f"\nLink {number} of {len(links)}, {link.name}, in {link.folder}: {state}", flush=True)
         try:
             if not link.is_finished:
                 link.train()
-        except ChainError as error:
-            _stop(str(error), 1)
+        except CommandFileError as error:
+            stop(str(error), 1)
     try:
         print_chain(links)
-    except ChainError as error:
-        _stop(str(error), 1)
-
-
-def _stop(message: str, status: int) -> NoReturn:
-    print(f"kdlit: error: {message}", file=sys.stderr)
-    sys.exit(status)
+    except CommandFileError as error:
+        stop(str(error), 1)

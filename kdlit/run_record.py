@@ -24,13 +24,14 @@ from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
 
 import kdlit
 from kdlit.callbacks import LastCheckpoint, TeacherCheck
+from kdlit.command_files import flat
 from kdlit.data import SplitDataModule
 from kdlit.data.base import without_addresses
 from kdlit.data.sampling import EpochDataset
 from kdlit.files import write_whole
 from kdlit.fingerprint import of_network, of_tensors, of_text
 from kdlit.modules.many_students import frozen_teacher_of
-from kdlit.students import MADE_OF, Students, flat
+from kdlit.students import MADE_OF, Students
 
 _PACKAGES = ("torch", "torchvision", "lightning", "torchmetrics", "jsonargparse", "numpy")
 # How a run is watched and kept, not what it computes; where it runs is compared by what it comes to.

@@ -34,6 +34,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from kdlit.callbacks import LastCheckpoint, RandomState
+from kdlit.command_files import flat
 from kdlit.config_errors import config_files, users_mistake
 from kdlit.modules import ManyStudents
 from kdlit.modules.many_students import own_values
@@ -425,15 +426,3 @@ def _after_configs(arguments: Sequence[str]) -> int:
 
 def _shared(dump: Mapping[str, Any]) -> dict[str, Any]:
     return {key: copy.copy(value) for key, value in dump.items() if key not in ("model", "seed_everything", "config")}
-
-
-def flat(value: object, key: str = "") -> dict[str, object]:
-    """The values of a nest of mappings by dotted key; an empty mapping is a value.
-
-    Args:
-        value: the nest.
-        key: of the nest itself.
-    """
-    if not isinstance(value, dict) or not value:
-        return {key: value}
-    return {path: leaf for name in value for path, leaf in flat(value[name], f"{key}.{name}".lstrip(".")).items()}
