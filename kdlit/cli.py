@@ -328,11 +328,12 @@ class _Rebuilder(KdlitCLI):
     def _run_subcommand(self, subcommand: str) -> None: ...
 
 
-def rebuilt(run_dir: Path) -> tuple[DistillationModule, L.LightningDataModule]:
+def rebuilt(run_dir: Path, more: Sequence[str] = ()) -> tuple[DistillationModule, L.LightningDataModule]:
     """Build module and data of a run again, the student as its last checkpoint has it.
 
     Args:
         run_dir: folder of the run, or of one student of several.
+        more: other settings than those of the run, as on the command line.
 
     Raises:
         FileNotFoundError: If it has no checkpoint.
@@ -347,7 +348,9 @@ def rebuilt(run_dir: Path) -> tuple[DistillationModule, L.LightningDataModule]:
     settings = [f"--trainer.{name}={value}" for name, value in unneeded.items()]
     files = [f"--config={run_dir / 'config.yaml'}", f"--run_dir={run_dir}"]
     try:
-        cli = _Rebuilder(["validate", *files, f"--ckpt_path={checkpoint}", *settings])
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "LightningCLI's args parameter")
+            cli = _Rebuilder(["validate", *files, f"--ckpt_path={checkpoint}", *settings, *more])
     except SystemExit:  # the parser has said why
         raise ValueError(f"{run_dir / 'config.yaml'} cannot be used any more, for the reason above") from None
     module = cast("DistillationModule", cli.model)

@@ -86,10 +86,13 @@ class Run:
         paths = {stem: self.path / f"{stem}.json" for stem in ("test", "validate")}
         return {stem: _mapping(path, json.loads) for stem, path in paths.items() if path.exists()}
 
-    def rebuild(self) -> tuple[DistillationModule, L.LightningDataModule]:
+    def rebuild(self, *settings: str) -> tuple[DistillationModule, L.LightningDataModule]:
         """Build the module and the data of the run again, the student as the last checkpoint has it.
 
         Code that the config names is imported and called, as by ``kdlit test``.
+
+        Args:
+            *settings: other settings than those of the run, as ``--data.root=FOLDER`` where the pictures have moved.
 
         Returns:
             The module, on the CPU and in eval mode; and the data module, whose ``setup`` has yet to be called.
@@ -100,7 +103,7 @@ class Run:
         """
         from kdlit.cli import rebuilt
 
-        return rebuilt(self.path)
+        return rebuilt(self.path, settings)
 
 
 def find_runs(folders: Iterable[str | Path]) -> list[Run]:
