@@ -91,13 +91,20 @@ def alone_in(folder: Path) -> Iterator[None]:
         return
     folder.mkdir(parents=True, exist_ok=True)
     place = folder / ".lock"
-    with place.open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise FileExistsError(f"another process trains in {folder}; wait for it, or name another folder") from None
-        except OSError:  # a file system without locks
-            pass
+    with contextlib.ExitStack() as stack:
+        while True:
+            lock = stack.enter_context(place.open("w"))
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise FileExistsError(
+                    f"another process trains in {folder}; wait for it, or name another folder"
+                ) from None
+            except OSError:  # a file system without locks
+                break
+            with contextlib.suppress(FileNotFoundError):
+                if place.stat().st_ino == os.fstat(lock.fileno()).st_ino:
+                    break  # or else its owner has removed it at this very moment
         try:
             yield
         finally:

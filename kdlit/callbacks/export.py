@@ -12,7 +12,8 @@ from typing import Any
 import lightning as L
 import torch
 from lightning.pytorch.callbacks import BasePredictionWriter
-from torch import nn
+from lightning.pytorch.utilities import rank_zero_warn
+from torch import Tensor, nn
 
 from kdlit.callbacks.throughput import without_times
 from kdlit.files import write_whole
@@ -68,8 +69,10 @@ class StudentExport(L.Callback):
 class PredictionTable(BasePredictionWriter):
     """Writes what ``kdlit predict`` found as a table: one row a picture, in the order of the data.
 
-    Columns: ``index``, ``label`` and ``class`` (predicted), ``confidence``, and ``target`` if the pictures have labels.
-    Of several students, each has its table in a folder of its name.
+    Columns: ``index``, ``label`` and ``class`` (predicted), ``confidence``, and ``target`` if the pictures have labels;
+    of other tasks ``index`` and whatever the predict step gives for each sample, shape ``(B,)``, or ``(B, n)`` with the
+    columns ``NAME_0`` to ``NAME_(n-1)``. Logits are left out. Of several students, each has its table in a folder of
+    its name.
 
     Args:
         path: CSV file to write.
@@ -95,20 +98,28 @@ class PredictionTable(BasePredictionWriter):
             self._write(self.path.parent / name / self.path.name, trainer, own, batch_indices)
 
     def _write(self, path: Path, trainer: L.Trainer, predictions: Sequence[Any], batch_indices: Sequence[Any]) -> None:
+        if predictions and not isinstance(predictions[0], dict):
+            rank_zero_warn(f"{path} is not written: predict_step gives no dictionary of values by name")
+            return
+        columns: dict[str, list[Any]] = {"index": [index for batch in batch_indices[0] for index in batch]}
+        first = (
+            predictions[0] if predictions else {"label": torch.empty(0, dtype=torch.long), "confidence": torch.empty(0)}
+        )
+        for name, value in first.items():
+            if isinstance(value, Tensor) and value.ndim in (1, 2) and name != "logits":
+                every = torch.cat([batch[name] for batch in predictions]) if predictions else value
+                parts = {name: every} if every.ndim == 1 else {f"{name}_{i}": one for i, one in enumerate(every.T)}
+                columns |= {key: one.tolist() for key, one in parts.items()}
         names = getattr(getattr(trainer, "datamodule", None), "class_names", None)
+        if "label" in columns and not torch.is_floating_point(first["label"]):
+            columns["class"] = [names[label] if names else "" for label in columns["label"]]
+        heads: list[str] = [name for name in ("index", "label", "class", "confidence") if name in columns]
+        heads += [name for name in columns if name not in heads]
         text = io.StringIO(newline="")
         table = csv.writer(text)
-        has_target = bool(predictions) and "target" in predictions[0]
-        table.writerow(["index", "label", "class", "confidence", *(["target"] if has_target else [])])
-        indices = (
-            [index for batch in predictions for index in batch["index"].tolist()]
-            if predictions and "index" in predictions[0]
-            else [index for batch in batch_indices[0] for index in batch]
-        )
-        columns = ["label", "confidence", *(["target"] if has_target else [])]
-        rows = (row for batch in predictions for row in zip(*(batch[key].tolist() for key in columns), strict=True))
-        for index, (label, confidence, *target) in zip(indices, rows, strict=True):
-            table.writerow([index, label, names[label] if names else "", f"{confidence:.6f}", *target])
+        table.writerow(heads)
+        for row in zip(*(columns[name] for name in heads), strict=True):
+            table.writerow([f"{value:.6f}" if isinstance(value, float) else value for value in row])
         path = path if trainer.world_size == 1 else path.with_suffix(f".{trainer.global_rank}.csv")
         write_whole(path, lambda file: file.write(text.getvalue().encode()))
-        print(f"{len(indices)} predictions: {path}")
+        print(f"{len(columns['index'])} predictions: {path}")

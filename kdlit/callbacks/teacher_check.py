@@ -121,8 +121,8 @@ class TeacherCheck(L.Callback):
         for batch in batches:
             batch = trainer.strategy.batch_to_device(precision.convert_input(batch), device)
             batch = as_batch(batch).copy()
-            if "target" not in batch:
-                break
+            if "target" not in batch or batch["target"].ndim != 1 or batch["target"].is_floating_point():
+                break  # there is no class to be right about
             batch.pop("teacher_logits", None)  # the network itself is to be measured
             with torch.no_grad(), precision.forward_context():
                 logits = frozen(batch, with_strong_view=False).logits

@@ -161,3 +161,30 @@ def test_the_baseline_says_where_it_does_not_fit(trainer):
 
     with pytest.raises(ValueError, match="PlainBaseline needs a DistillationModule, got LightningModule"):
         PlainBaseline().setup(trainer(), L.LightningModule(), "fit")
+
+
+class Answers(ClassificationDistillation):
+    def predict_step(self, batch, batch_idx):
+        return {
+            "digits": torch.tensor([[True, False]] * len(batch["image"])),
+            "age": torch.full((len(batch["image"]),), 1.5),
+        }
+
+
+class Numbers(ClassificationDistillation):
+    def predict_step(self, batch, batch_idx):
+        return torch.zeros(3)
+
+
+def test_what_another_task_predicts_becomes_columns(trainer, tmp_path):
+    net = Answers(TinyNet(), {"ce": CrossEntropyLoss()}, input_size=(3, 8, 8))
+    path = tmp_path / "predictions.csv"
+    trainer(callbacks=[PredictionTable(str(path))]).predict(net, TinyData())
+    lines = path.read_text().splitlines()
+    assert lines[:2] == ["index,digits_0,digits_1,age", "0,True,False,1.500000"]
+    assert len(lines) == 41
+    path.unlink()
+    net = Numbers(TinyNet(), {"ce": CrossEntropyLoss()}, input_size=(3, 8, 8))
+    with pytest.warns(UserWarning, match="predict_step gives no dictionary"):
+        trainer(callbacks=[PredictionTable(str(path))]).predict(net, TinyData())
+    assert not path.exists()

@@ -250,3 +250,20 @@ def test_mistakes_are_refused():
         TeacherCheck(pictures=0)
     with pytest.raises(ValueError, match=r"recorded must be a fraction of 1, in \(0, 1\], got 79.42"):
         TeacherCheck(recorded=79.42)
+
+
+class OtherTask(ClassificationDistillation):
+    def training_step(self, batch, batch_idx):
+        return self.student(batch[0]).square().mean()
+
+    def on_train_batch_end(self, *args):
+        pass
+
+
+@pytest.mark.parametrize("target", [torch.zeros(8, 5), torch.zeros(8)], ids=["multi-hot", "numbers"])
+def test_where_there_are_no_classes_nothing_is_asked(trainer, target, capsys):
+    check, data = TeacherCheck(), DataLoader(TensorDataset(torch.zeros(8, 3, 8, 8), target), batch_size=4)
+    net = OtherTask(TinyNet(), {"kd": KDLoss()}, ByBrightness(), input_size=(3, 8, 8))
+    trainer(callbacks=[check], limit_val_batches=0).fit(net, data, data)
+    assert (check.top1, check.part) == (None, None)
+    assert "THE TEACHER" not in capsys.readouterr().err
