@@ -54,8 +54,10 @@ def wttm_loss(
 ) -> Tensor:
     r"""TTM with more weight on samples of which the teacher is less sure (equation 22 without its label term).
 
-    .. math:: L = \frac{1}{B} \sum_b U_\gamma(v_b) \, KL\big(\mathrm{softmax}(\gamma v_b) \,\|\,
-    \mathrm{softmax}(z_b)\big)
+    .. math::
+
+        L = \frac{1}{B} \sum_b U_\gamma(v_b) \, KL\big(\mathrm{softmax}(\gamma v_b) \,\|\,
+        \mathrm{softmax}(z_b)\big)
 
     with :func:`power_sum` :math:`U_\gamma`.
 
