@@ -79,6 +79,8 @@ def teacher_figures(student_logits: Tensor, teacher_logits: Tensor, target: Tens
 def is_right(logits: Tensor, target: Tensor, k: int = 1) -> Tensor:
     """Whether the label is among the ``k`` largest logits, for each sample: bool, shape ``(B,)``.
 
+    Of equal logits the first come first; a NaN is never right.
+
     Args:
         logits: shape ``(B, C)``.
         target: labels, shape ``(B,)``.
@@ -86,7 +88,9 @@ def is_right(logits: Tensor, target: Tensor, k: int = 1) -> Tensor:
     """
     if k == 1:
         return logits.argmax(dim=-1) == target
-    return (logits.topk(min(k, logits.shape[-1]), dim=-1).indices == target[:, None]).any(dim=-1)
+    own = logits.gather(-1, target[:, None])  # counting those before it is far cheaper than sorting
+    first = (logits == own) & (torch.arange(logits.shape[-1], device=logits.device) < target[:, None])
+    return (~(logits <= own) | first).sum(dim=-1) < k
 
 
 def entropy(log_p: Tensor) -> Tensor:

@@ -93,3 +93,15 @@ def test_the_surest_of_all_falls_into_the_last_bin():
 
 def test_ties_are_settled_as_argmax_settles_them():
     assert is_right(torch.zeros(2, 4), torch.tensor([0, 1])).tolist() == [True, False]
+    assert is_right(torch.zeros(4, 4), torch.arange(4), k=2).tolist() == [True, True, False, False]
+
+
+def test_what_is_no_number_is_not_right():
+    logits = torch.tensor([[math.nan, 1.0, 0.0], [1.0, math.nan, 0.0], [math.nan] * 3])
+    assert is_right(logits, torch.tensor([0, 0, 2]), k=2).tolist() == [False, True, False]
+
+
+@pytest.mark.parametrize("k", [2, 5, 12, 20])
+def test_the_largest_k_are_those_of_topk(logits, target, k):
+    expected = (logits[0].topk(min(k, 12)).indices == target[:, None]).any(-1)
+    assert torch.equal(is_right(logits[0], target, k), expected)
