@@ -77,6 +77,7 @@ class KdlitCLI(LightningCLI):
     run_dir: str
     students: Students | None = None
     files: WholeCheckpointIO
+    _otherwise = ""  # in what a student is measured otherwise than it was trained
 
     def __init__(self, args: list[str] | None = None) -> None:
         super().__init__(
@@ -178,8 +179,10 @@ class KdlitCLI(LightningCLI):
     def _compare(self, content: dict[str, Any]) -> None:
         """Say in what a checkpoint is measured otherwise than it was trained."""
         record = RunRecord(self._parser(self.subcommand), self.config[self.subcommand], students=self.students)
-        if others := seen_otherwise(content, record.configs()):
-            rank_zero_only(print)(f"kdlit: warning: the student was trained otherwise: {others}", file=sys.stderr)
+        self._otherwise = seen_otherwise(content, record.configs())
+        if self._otherwise:
+            said = f"kdlit: warning: the student was trained otherwise: {self._otherwise}"
+            rank_zero_only(print)(said, file=sys.stderr)
 
     def _belongs_to_a_run(self, checkpoint: Path) -> bool:
         """Whether results go where a checkpoint came from; a fit from an earlier point than the last is a new run."""
@@ -299,11 +302,11 @@ class KdlitCLI(LightningCLI):
             return False
 
     def after_validate(self) -> None:
-        """Keep the figures."""
+        """Keep the figures, with what they were measured on."""
         self._save_figures()
 
     def after_test(self) -> None:
-        """Keep the figures."""
+        """Keep the figures, with what they were measured on."""
         self._save_figures()
 
     @rank_zero_only
@@ -311,10 +314,13 @@ class KdlitCLI(LightningCLI):
         figures = {name: float(value) for name, value in self.trainer.callback_metrics.items()}
         checkpoint = self.config[self.subcommand].ckpt_path
         epochs = _epochs(checkpoint) if checkpoint else None
+        batches = "limit_test_batches" if self.subcommand == "test" else "limit_val_batches"
+        about = {"checkpoint": checkpoint, "epochs": epochs, "otherwise": self._otherwise}
+        about["limit_batches"] = self.config[self.subcommand].trainer[batches]
         names = self.students.names if self.students else []
         for folder, own in [("", figures), *((name, own_values(figures, name)) for name in names)]:
             path = Path(self.run_dir) / folder / f"{self.subcommand}.json"
-            write_text(path, f"{json.dumps({'checkpoint': checkpoint, 'epochs': epochs, **own}, indent=2)}\n")
+            write_text(path, f"{json.dumps(about | own, indent=2)}\n")
             print(f"Figures: {path}")
 
 

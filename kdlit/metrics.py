@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 
 import torch
@@ -109,8 +108,8 @@ def divergence(log_p: Tensor, log_q: Tensor) -> Tensor:
         log_p: log-probabilities, shape ``(B, C)``.
         log_q: likewise.
     """
-    difference = (log_p - log_q).masked_fill(log_p == -math.inf, 0.0)
-    return (log_p.exp() * difference).sum(dim=-1)
+    p = log_p.exp()
+    return (p * (log_p - log_q).masked_fill(p == 0, 0.0)).sum(dim=-1)
 
 
 class CalibrationError:

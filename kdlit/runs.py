@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
 import os
 from collections import defaultdict
@@ -52,12 +53,13 @@ class Run:
 
     @cached_property
     def rows(self) -> list[dict[str, str]]:
-        """The rows of ``metrics.csv``, as they are; none if there is no such file."""
+        """The whole rows of ``metrics.csv``; none if there is no such file."""
         path = self.path / "metrics.csv"
         if not path.exists():
             return []
-        with path.open(newline="", encoding="utf-8", errors="replace") as file:
-            return [{key: value for key, value in row.items() if key and value} for row in csv.DictReader(file)]
+        whole, _, _ = path.read_bytes().decode("utf-8", errors="replace").rpartition("\n")  # without half of a row
+        table = csv.DictReader(io.StringIO(whole, newline=""))
+        return [{key: value for key, value in row.items() if key and value} for row in table]
 
     def series(self) -> dict[str, dict[int, float]]:
         """The values of everything logged by name and epoch, from 0; the last of each epoch.
@@ -65,15 +67,17 @@ class Run:
         What is logged without an epoch, as learning rates are, belongs to the epoch that is logged next; what is
         measured after the last epoch belongs to that.
         """
-        trained = [int(row["epoch"]) for row in self.rows if "epoch" in row and "train/loss" in row]
-        last = max(trained, default=None)
+        trained = [row for row in self.rows if "epoch" in row and "train/loss" in row]
+        last, at = (int(trained[-1][key]) for key in ("epoch", "step")) if trained else (None, 0)
         series: dict[str, dict[int, float]] = defaultdict(dict)
         waiting: list[dict[str, str]] = []
         for row in self.rows:
             waiting.append(row)
             if "epoch" not in row:
                 continue
-            epoch = int(row["epoch"]) if last is None else min(int(row["epoch"]), last)
+            epoch = int(row["epoch"])
+            if last is not None and epoch > last and int(row.get("step", 0)) <= at + 1:
+                epoch = last  # nothing was trained since
             for one in waiting:
                 for name, value in one.items():
                     if name not in ("epoch", "step"):
@@ -81,9 +85,13 @@ class Run:
             waiting = []
         return dict(series)
 
-    def results(self) -> dict[str, dict[str, Any]]:
-        """What ``kdlit test`` and ``kdlit validate`` left in ``test.json`` and ``validate.json``, by stem."""
-        paths = {stem: self.path / f"{stem}.json" for stem in ("test", "validate")}
+    def results(self, *stems: str) -> dict[str, dict[str, Any]]:
+        """What ``kdlit test`` and ``kdlit validate`` left in ``test.json`` and ``validate.json``, by stem.
+
+        Args:
+            *stems: which to read; both by default.
+        """
+        paths = {stem: self.path / f"{stem}.json" for stem in stems or ("test", "validate")}
         return {stem: _mapping(path, json.loads) for stem, path in paths.items() if path.exists()}
 
     def rebuild(self, *settings: str) -> tuple[DistillationModule, L.LightningDataModule]:
@@ -151,7 +159,8 @@ def _runs_in(folder: Path) -> list[Run]:
 def _mapping(path: Path, read: Any) -> dict[str, Any]:
     try:
         content = read(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, yaml.YAMLError) as error:
+        json.dumps(content, skipkeys=True, default=str)  # refuses what holds itself, as YAML may
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
         raise ValueError(f"{path} cannot be read: {str(error).splitlines()[0]}") from None
     if not isinstance(content, dict):
         raise ValueError(f"{path} must hold names with values, got {type(content).__name__}")

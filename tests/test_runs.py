@@ -42,6 +42,12 @@ def test_what_is_logged_belongs_to_an_epoch(tmp_path):
     assert run.results() == {}
 
 
+def test_a_validation_within_an_epoch_that_goes_on_is_not_of_the_one_before(tmp_path):
+    write(tmp_path / "run", {}, {"starts": []}, log=LOG.replace("10,,,2,0.5", "11,,,2,0.5") + "12,-,,2")
+    (run,) = find_runs([tmp_path / "run"])
+    assert run.series()["val/top1"] == {1: 0.25, 2: 0.5}, "and half of a row is none"
+
+
 def test_runs_are_found_at_any_depth_and_students_one_by_one(tmp_path):
     write(tmp_path / "a" / "version_0", {"seed_everything": 0}, {"starts": [1]})
     write(tmp_path / "b", {"students": {"kd": {}, "dkd": {}}}, {"starts": [2]})

@@ -110,6 +110,9 @@ class PredictionTable(BasePredictionWriter):
                 every = torch.cat([batch[name] for batch in predictions]) if predictions else value
                 parts = {name: every} if every.ndim == 1 else {f"{name}_{i}": one for i, one in enumerate(every.T)}
                 columns |= {key: one.tolist() for key, one in parts.items()}
+        size = max((len(values) for name, values in columns.items() if name != "index"), default=0)
+        if len(columns["index"]) != size:
+            columns["index"] = list(range(size))  # of streamed data Lightning does not tell
         names = getattr(getattr(trainer, "datamodule", None), "class_names", None)
         if "label" in columns and not torch.is_floating_point(first["label"]):
             columns["class"] = [names[label] if names else "" for label in columns["label"]]

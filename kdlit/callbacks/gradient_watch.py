@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from itertools import combinations
 from typing import Any
 
 import lightning as L
 import torch
 from torch import Tensor
+from torch._functorch import config as functorch
 
 from kdlit.modules import DistillationModule, ManyStudents
 
@@ -17,9 +19,10 @@ class GradientWatch(L.Callback):
 
     ``train/grad_norm/NAME`` is the Euclidean norm of the gradient of the weighted term, warm-up included, with respect
     to all weights that are trained in the student; ``train/grad_cosine/A/B`` the cosine between those of two terms,
-    below 0 where they work against each other. Both are means over the steps that are looked at, in the epoch, and of
-    several processes each sees its own share of the batch. Such a step takes one more backward pass a term; what is
-    trained stays the same.
+    below 0 where they work against each other; of students that teach each other, where both reach the same one. Both
+    are means over the steps that are looked at, in the epoch, and of several processes each sees its own share of the
+    batch. Such a step takes one more backward pass a term; what is trained stays the same (but for batch norms under
+    activation checkpointing, which see the batch once more).
 
     Args:
         every_n_steps: one step in so many, counted from the start of the epoch.
@@ -33,6 +36,17 @@ class GradientWatch(L.Callback):
             raise ValueError(f"every_n_steps must be >= 1, got {every_n_steps}")
         self.every_n_steps = every_n_steps
         self._looks = False
+        self._donated: bool | None = None
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Let compiled parts keep their graph for more than one pass."""
+        self._donated = functorch.donated_buffer
+        functorch.donated_buffer = False
+
+    def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Put that back."""
+        if self._donated is not None:
+            functorch.donated_buffer, self._donated = self._donated, None
 
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
@@ -45,29 +59,37 @@ class GradientWatch(L.Callback):
         if not self._looks:
             return
         if not isinstance(pl_module, ManyStudents):
-            scaler = getattr(trainer.precision_plugin, "scaler", None)
-            _look(pl_module, 1.0 if scaler is None else scaler.get_scale())
+            _look(pl_module, getattr(trainer.precision_plugin, "scaler", None))
             return
         for name in pl_module.going:
-            _look(
-                pl_module.students[name], 1.0 if pl_module.scalers is None else pl_module.scalers.of[name].get_scale()
-            )
+            _look(pl_module.students[name], pl_module.scalers and pl_module.scalers.of[name])
 
 
-def _look(module: L.LightningModule, scale: float) -> None:
+def _look(module: L.LightningModule, scaler: Any) -> None:
     if not isinstance(module, DistillationModule):
         return
+    scale = 1.0 if scaler is None else scaler.get_scale()
     weights = [one for network in module.trained() for one in network.parameters() if one.requires_grad]
-    gradients = {}
+    gradients: dict[str, dict[int, Tensor]] = {}  # of the weights that a term reaches
     for name, term in module.step_terms.items():
         if term.requires_grad:  # one of weight 0 need not
             parts = torch.autograd.grad(scale * term, weights, retain_graph=True, allow_unused=True)
-            kept = [torch.zeros_like(one) if part is None else part for one, part in zip(weights, parts, strict=True)]
-            gradients[name] = torch.cat([part.float().flatten() for part in kept]) / scale
-    norms = {name: gradient.norm() for name, gradient in gradients.items()}
-    figures = {f"train/grad_norm/{name}": norm for name, norm in norms.items()}
+            gradients[name] = {
+                place: (part.to_dense() if part.is_sparse else part).float().flatten() / scale
+                for place, part in enumerate(parts)
+                if part is not None
+            }
+    figures = {f"train/grad_norm/{name}": _product(own, own).sqrt() for name, own in gradients.items() if own}
     for one, other in combinations(gradients, 2):
-        product = (norms[one] * norms[other]).clamp(min=torch.finfo(torch.float32).tiny)
-        figures[f"train/grad_cosine/{one}/{other}"] = gradients[one] @ gradients[other] / product
+        if gradients[one].keys() & gradients[other].keys():
+            norms = figures[f"train/grad_norm/{one}"] * figures[f"train/grad_norm/{other}"]
+            product = _product(gradients[one], gradients[other])
+            figures[f"train/grad_cosine/{one}/{other}"] = product / norms.clamp(min=torch.finfo(torch.float32).tiny)
     if figures:
         module.means["train"].add(figures, 1)
+    module.clock.skip()
+
+
+def _product(one: Mapping[int, Tensor], other: Mapping[int, Tensor]) -> Tensor:
+    """Inner product of two gradients."""
+    return torch.stack([one[place] @ other[place] for place in one if place in other]).sum()

@@ -85,21 +85,25 @@ class Progress(RichProgressBar):
 
     def get_metrics(self, trainer: L.Trainer, pl_module: L.LightningModule) -> dict[str, Any]:
         """What is shown besides the epoch, by name, in the order in which it is shown."""
+        known = trainer.callback_metrics
         shown: dict[str, Any] = getattr(pl_module, "shown", {})
         if not self.is_enabled:  # a line is about a whole epoch, a bar about this moment
-            shown = {key: trainer.callback_metrics.get(key, value) for key, value in shown.items()}
+            shown = {key: value for key, value in known.items() if key.startswith(("train/loss", "train/top1"))}
+            ends = "/train/loss"
+            shown |= {f"train/loss/{key.removesuffix(ends)}": known[key] for key in known if key.endswith(ends)}
         told: dict[str, Any] = {
             key.removeprefix("train/").removeprefix("loss/"): f"{float(value):.3f}"
             for key, value in shown.items()
             if key.startswith("train/loss")
         }
-        accuracies = {"train/top1": shown.get("train/top1")} | trainer.callback_metrics
+        accuracies = {key: value for key, value in known.items() if key.endswith("val/top1")}
+        if "train/top1" in shown:
+            accuracies = {"train/top1": shown["train/top1"]} | accuracies
         for key, value in accuracies.items():
-            if key == "train/top1" or key.endswith("val/top1"):
-                name = key.removesuffix("/top1").replace("/", " ")
-                told |= {} if value is None else {name: f"{100 * float(value):.1f}%"}
-        own = {"loss", "val/top1", "v_num"}
-        told |= {key: value for key, value in super().get_metrics(trainer, pl_module).items() if key not in own}
+            told[key.removesuffix("/top1").replace("/", " ")] = f"{100 * float(value):.1f}%"
+        for key, value in super().get_metrics(trainer, pl_module).items():
+            if key != "v_num" and not f"/{key}".endswith(("/loss", "/val/top1")):
+                told[key] = value
         callbacks: list[L.Callback] = cast("Any", trainer).callbacks
         speed = next((one.images_per_s for one in callbacks if isinstance(one, Throughput)), None)
         if not self.is_enabled and "train/images_per_s" in trainer.callback_metrics:
@@ -109,6 +113,11 @@ class Progress(RichProgressBar):
         if left := self._seconds_left(trainer):
             told["left"] = str(datetime.timedelta(seconds=round(left)))
         return told
+
+    def _get_train_description(self, current_epoch: int) -> str:
+        """Epochs counted from 1, as in the lines."""
+        epochs = f"/{self.trainer.max_epochs}" if (self.trainer.max_epochs or -1) > 0 else ""
+        return f"Epoch {current_epoch + 1}{epochs}"
 
     def _seconds_left(self, trainer: L.Trainer) -> float | None:
         """Of the whole run, validation included, as far as that can be told."""

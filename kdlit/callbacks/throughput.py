@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 import time
 from collections.abc import Mapping
@@ -29,8 +30,9 @@ class Throughput(L.Callback):
     - ``train/images_per_s``: training pictures of all processes over the time between epoch start and end, validation
       left out;
     - ``train/share/data``, ``teacher``, ``student`` (its forward pass), ``losses``, ``update`` (backward pass and
-      optimizer): shares of the time of a step, which add up to 1, from one step in ``log_every_n_steps`` of the
-      trainer; in these an accelerator is waited for after each part;
+      optimizer): shares of the time of a step, which add up to 1. How long a step waits for its batch is measured in
+      all steps, the rest in one step in ``log_every_n_steps`` of the trainer, in which an accelerator is waited for
+      after each part. What callbacks compute, as :class:`PlainBaseline` does, counts to ``update`` or ``data``;
     - ``train/peak_memory_mb``: of what torch has allocated on a GPU, or of the process on a CPU, since it started.
 
     All are those of the first process, from where a resumed run went on.
@@ -42,6 +44,7 @@ class Throughput(L.Callback):
         self._step_ended = 0.0
         self._left_out = 0.0  # seconds of the epoch
         self._pictures = 0
+        self._waited, self._steps = 0.0, 0  # for batches
 
     @property
     def images_per_s(self) -> float | None:
@@ -64,21 +67,24 @@ class Throughput(L.Callback):
     def _begin(self) -> None:
         self._epoch_began = self._step_ended = time.perf_counter()
         self._left_out, self._pictures = 0.0, 0
+        self._waited, self._steps = 0.0, 0
 
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
     ) -> None:
         """Begin to time a step, now and then."""
+        self._waited += time.perf_counter() - self._step_ended
+        self._steps += 1
         every: int = cast("Any", trainer).log_every_n_steps
         if every and batch_idx % every == 0:
-            self._clock.seconds["data"] += time.perf_counter() - self._step_ended
             self._clock.start(trainer.strategy.root_device)
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Count the pictures."""
-        self._pictures += len(as_batch(batch)["image"]) * trainer.world_size
+        with contextlib.suppress(TypeError):  # pictures in a form that a step of the user's own knows are not counted
+            self._pictures += len(as_batch(batch)["image"]) * trainer.world_size
         self._clock.mark("update")
         self._clock.stop()
         self._step_ended = time.perf_counter()
@@ -89,11 +95,13 @@ class Throughput(L.Callback):
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Go on."""
-        self._left_out += time.perf_counter()
+        self._step_ended = time.perf_counter()
+        self._left_out += self._step_ended
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Log."""
-        figures = {f"train/share/{section}": share for section, share in self._clock.shares().items()}
+        shares = self._clock.shares(self._waited / max(self._steps, 1))
+        figures = {f"train/share/{section}": share for section, share in shares.items()}
         if (speed := self.images_per_s) is not None:
             figures["train/images_per_s"] = speed
         if memory := peak_memory(trainer.strategy.root_device):

@@ -16,6 +16,7 @@ from kdlit.figures.correlation import (
 )
 from kdlit.figures.cost import (
     Cost,
+    cost_of_run,
     costs_of_benchmark,
     costs_of_runs,
     extra_parameters,
@@ -63,6 +64,7 @@ __all__ = [
     "class_mean_logit_difference",
     "class_mean_logits",
     "correlation_differences",
+    "cost_of_run",
     "costs_of_benchmark",
     "costs_of_runs",
     "divergence_curves",

@@ -10,6 +10,8 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+import lightning as L
+
 from kdlit.figures.style import COLOURS, CaptionedFigure, label_points, number, quoted, shorten, styled
 from kdlit.modules import DistillationModule
 from kdlit.runs import Run, find_runs
@@ -97,10 +99,22 @@ def costs_of_runs(folders: Iterable[str | Path], accuracy: str = "test/top1") ->
         FileNotFoundError: If a folder is not there or holds no run.
         ValueError: If a run lacks the time or the accuracy.
     """
-    return [_cost(run, accuracy) for run in find_runs(folders)]
+    runs = [(run, *run.rebuild()) for run in find_runs(folders)]
+    return [cost_of_run(run, module, data, accuracy) for run, module, data in runs]
 
 
-def _cost(run: Run, accuracy: str) -> Cost:
+def cost_of_run(run: Run, module: DistillationModule, data: L.LightningDataModule, accuracy: str = "test/top1") -> Cost:
+    """Likewise of one run whose module and data have been built again.
+
+    Args:
+        run: as :func:`kdlit.runs.find_runs` found it.
+        module: of that run.
+        data: of that run.
+        accuracy: see :func:`costs_of_runs`.
+
+    Raises:
+        ValueError: If the run lacks the time or the accuracy.
+    """
     series, tested = run.series(), run.results().get("test", {})
     speed = series.get("train/images_per_s")
     if not speed:
@@ -110,7 +124,6 @@ def _cost(run: Run, accuracy: str) -> Cost:
         value = series[accuracy][max(series[accuracy])]
     if value is None:
         raise ValueError(f"run {run.name} has no {accuracy}; run `kdlit test` on it, or choose another accuracy")
-    module, data = run.rebuild()
     step_ms = 1000 * getattr(data, "batch_size", 1) / median(speed.values())
     return Cost(run.name, step_ms, value, extra_parameters(module))
 

@@ -42,7 +42,8 @@ class DistillationModule(L.LightningModule):
 
     A task is a subclass that adds the validation, test and predict steps. What these give to ``means[stage].add`` is
     averaged over the epoch and logged when it ends, by ``on_train_epoch_end``, ``on_validation_epoch_end`` and
-    ``on_test_epoch_end``: whoever overrides one calls ``super()``.
+    ``on_test_epoch_end``: whoever overrides one calls ``super()``, as in ``on_train_batch_end``, by which losses update
+    their memories.
 
     Args:
         student: network to train; its forward takes pictures and returns logits.
@@ -207,6 +208,7 @@ class DistillationModule(L.LightningModule):
             NonFiniteError: If something is not finite, in this step or, on an accelerator, in an earlier one.
         """
         self.finite.look_back()
+        self.step_terms = {}  # of a step that was broken off
         skips = self.finite.policy == "skip"
         # Losses leave their memories alone until the step is done, but not the statistics of their connectors.
         moving = [*self.trained(), *(one for one in self.losses.modules() if isinstance(one, _BatchNorm))]
@@ -218,6 +220,7 @@ class DistillationModule(L.LightningModule):
                 self.finite.look_for_cause(self.named_weights(), error)
                 raise
             self.finite.pass_over(error)
+            self.step_terms = {}
             with torch.no_grad():
                 for network, buffers in zip(moving, before, strict=True):
                     for name, buffer in network.named_buffers():
@@ -227,10 +230,12 @@ class DistillationModule(L.LightningModule):
         every = getattr(self._trainer, "log_every_n_steps", 0)
         if every and batch_idx % every == 0:
             self.show(outputs)
+            self.clock.skip()
         return outputs
 
     def run_step(self, batch: Batch) -> dict[str, Any]:
         """What :meth:`training_step` computes, ``loss`` and what it came from, without a graph."""
+        self.clock.mark("update")
         teacher = self.run_teacher(batch)
         self.clock.mark("teacher")
         return self.distil(batch, teacher)
@@ -260,7 +265,7 @@ class DistillationModule(L.LightningModule):
         with torch.autocast(student.logits.device.type, enabled=False):
             for name, term in self._terms().items():
                 value = run_loss(name, term, student, teacher, batch)
-                self.step_terms[name] = term.factor * value
+                self.step_terms[name] = self.share_of(name) * value
                 objective = objective + self.step_terms[name]
                 figures[name] = value.detach()
         self.clock.mark("losses")
@@ -277,6 +282,14 @@ class DistillationModule(L.LightningModule):
         teacher = cast("ModelOutput", None) if teacher is None else teacher.detach()
         self._outputs = seen, teacher, batch
         return {"loss": objective, "batch": batch, "student": seen, "teacher": teacher, "figures": figures}
+
+    def share_of(self, name: str) -> float:
+        """What the raw value of a term is multiplied by in the objective of this epoch.
+
+        Args:
+            name: of the term.
+        """
+        return self._terms()[name].factor
 
     def place(self) -> tuple[int, int, int] | None:
         """Epoch, batch and step of the training that is under way; None if none is."""
@@ -334,7 +347,7 @@ class DistillationModule(L.LightningModule):
             if (raw := figures.get(f"train/loss/{name}")) is not None:
                 figures[f"train/weight/{name}"] = torch.tensor(term.weight)
                 figures[f"train/warmup/{name}"] = torch.tensor(term.warmup)
-                figures[f"train/weighted/{name}"] = term.factor * raw
+                figures[f"train/weighted/{name}"] = self.share_of(name) * raw
         return figures
 
     def _over_processes(self, sums: Tensor) -> Tensor:
@@ -552,7 +565,8 @@ class DistillationModule(L.LightningModule):
         self._teacher_doubt.arise()
 
     def teardown(self, stage: str) -> None:
-        """Give the student back in the usual layout."""
+        """Give the student back in the usual layout, and let go of a step that was broken off."""
+        self.step_terms = {}
         self.student.to(memory_format=torch.contiguous_format)
 
 

@@ -6,7 +6,7 @@ import time
 
 import torch
 
-SECTIONS = ("data", "teacher", "student", "losses", "update")
+SECTIONS = ("teacher", "student", "losses", "update")
 
 
 class StepClock:
@@ -17,39 +17,53 @@ class StepClock:
 
     def __init__(self) -> None:
         self.seconds = dict.fromkeys(SECTIONS, 0.0)
+        self.timed = 0  # steps
         self._last: float | None = None
         self._device = torch.device("cpu")
 
     def start(self, device: torch.device) -> None:
-        """Begin to time.
+        """Begin to time a step.
 
         Args:
             device: where the networks run.
         """
         self._device = device
+        self.timed += 1
         self._last = self._now()
 
     def mark(self, section: str) -> None:
         """Count the time since the last mark, if the clock runs, to a part of the step.
 
         Args:
-            section: one of ``data``, ``teacher``, ``student`` (its forward pass), ``losses`` and ``update`` (backward
-                pass and optimizer).
+            section: one of ``teacher``, ``student`` (its forward pass), ``losses`` and ``update`` (backward pass and
+                optimizer).
         """
         if self._last is not None:
             now = self._now()
             self.seconds[section] += now - self._last
             self._last = now
 
+    def skip(self) -> None:
+        """Count the time since the last mark to nothing."""
+        if self._last is not None:
+            self._last = self._now()
+
     def stop(self) -> None:
         """Time no further."""
         self._last = None
 
-    def shares(self) -> dict[str, float]:
-        """The share of each section in all time counted, and start anew; empty if none was."""
+    def shares(self, data: float) -> dict[str, float]:
+        """The share of each section in the time of a step, and start anew; empty if no step was timed.
+
+        Args:
+            data: seconds that a step waits for its batch.
+        """
+        timed, self.timed = self.timed, 0
         seconds, self.seconds = self.seconds, dict.fromkeys(SECTIONS, 0.0)
-        total = sum(seconds.values())
-        return {section: spent / total for section, spent in seconds.items()} if total else {}
+        if not timed:
+            return {}
+        of_step = {"data": data} | {section: spent / timed for section, spent in seconds.items()}
+        return {section: spent / sum(of_step.values()) for section, spent in of_step.items()}
 
     def _now(self) -> float:
         if self._device.type != "cpu":

@@ -144,6 +144,7 @@ class MutualLearning(ClassificationDistillation):
 
     def run_step(self, batch: Batch) -> dict[str, Any]:
         """Run every student once and add up all objectives."""
+        self.clock.mark("update")
         check_image(batch["image"], self._channels, self.dtype)
         device, strong = batch["image"].device, self._needs_strong_view()
         with self.student_precision(device):
@@ -160,7 +161,7 @@ class MutualLearning(ClassificationDistillation):
             for path, term in self._terms().items():
                 name, peer = self._pairs[path]
                 value = run_loss(path, term, outputs[name], cast("ModelOutput", detached.get(peer)), batch)
-                self.step_terms[path] = term.factor * value / (len(self.peers) if peer else 1)
+                self.step_terms[path] = self.share_of(path) * value
                 objectives[name] = objectives[name] + self.step_terms[path]
                 figures[path] = value.detach()
         self.clock.mark("losses")
@@ -179,6 +180,10 @@ class MutualLearning(ClassificationDistillation):
         first = detached[self.names[0]]
         more = {"students": detached, "figures": figures}
         return {"loss": objective, "batch": batch, "student": first, "teacher": None, **more}
+
+    def share_of(self, name: str) -> float:
+        """Of a term between students the mean over the peers counts."""
+        return super().share_of(name) / (len(self.peers) if self._pairs[name][1] else 1)
 
     def _remember(self) -> None:
         """Let the losses update their memories after a step, once."""

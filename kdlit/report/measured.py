@@ -6,7 +6,7 @@ import contextlib
 import io
 import logging
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -22,12 +22,14 @@ if TYPE_CHECKING:
     import numpy as np
     from torch import Tensor
 
-    from kdlit.figures import Outputs
+    from kdlit.figures import CaptionedFigure, Cost, Outputs
 
 ROWS = 15  # of the tables of classes and confusions
 BINS = 15  # of confidence, as in the calibration error that is logged
 PARTS = {"val": "validation", "test": "test", "train": "training"}
 _SMALL, _LARGEST = 96, 192  # sides of pictures, in pixels
+_FOR_GAP = 2000  # training pictures that the teacher's logit gap is measured on
+ACCURACIES = {"test/top1": "test", "val/top1": "validation"}  # by preference, in the figure of what runs cost
 _ON_WHITE = ("logit_moments",)  # whose clouds fade to white
 
 
@@ -109,6 +111,7 @@ class Measured:
         examples: kinds of disagreement: title, number of such pictures, some of them.
         figures: those of the papers: title, drawing, caption.
         has_teacher: whether there is a teacher.
+        costs: time of a step and extra parameters, with the accuracy of each kind that the run has.
     """
 
     pictures: str = ""
@@ -121,6 +124,7 @@ class Measured:
     examples: list[tuple[str, int, list[Example]]] = field(default_factory=list)
     figures: list[tuple[str, Markup, str]] = field(default_factory=list)
     has_teacher: bool = False
+    costs: dict[str, Cost] = field(default_factory=dict)
 
 
 def measure(run: Run, key: str, split: str | None, examples: int, step: Callable[[str], None]) -> Measured:
@@ -145,6 +149,7 @@ def measure(run: Run, key: str, split: str | None, examples: int, step: Callable
     except Exception as error:  # whatever a config that anybody wrote can bring about
         found.missing.append(f"The networks could not be used: {_why(error, said.getvalue())}")
         return found
+    found.costs = _costs(run, module, data)
     found.has_teacher = module.teacher is not None
     found.pictures = outputs.description.replace(outputs.split, PARTS.get(outputs.split, outputs.split))
     parts: dict[str, Callable[[], None]] = {
@@ -152,9 +157,10 @@ def measure(run: Run, key: str, split: str | None, examples: int, step: Callable
         "confidence": lambda: _confidence(found, outputs, key),
         "example pictures": lambda: _examples(found, outputs, data, examples),
         "figures": lambda: _figures(found, outputs, key),
+        "beta": lambda: _beta(found, module, data, key),
     }
     if not found.has_teacher:
-        del parts["figures"], parts["example pictures"]
+        del parts["figures"], parts["example pictures"], parts["beta"]
         found.missing.append("The run has no teacher, so there is nothing to compare the student with.")
     for name, part in parts.items():
         step(f"drawing {name}")
@@ -420,10 +426,38 @@ def _image(image: Tensor, statistics: Any, target: str) -> Markup:
 def _figures(found: Measured, outputs: Outputs, key: str) -> None:
     from kdlit.figures import all_figures
 
-    named: Mapping[str, Any] = all_figures(outputs)
-    for name, figure in named.items():
-        caption, title = figure.caption, " ".join(figure.get_suptitle().split()) or name
-        figure.without_caption().suptitle("")
-        label = f"{title}. {caption.partition('. ')[0]}."
-        drawn = as_html(figure, f"{key}-{name}", label, on_white=name in _ON_WHITE)
-        found.figures.append((title, drawn, caption))
+    found.figures += [
+        inlaid(figure, f"{key}-{name}", name in _ON_WHITE) for name, figure in all_figures(outputs).items()
+    ]
+
+
+def _beta(found: Measured, module: Any, data: L.LightningDataModule, key: str) -> None:
+    """The teacher's logit gap on training pictures, and the beta of DKD that follows from it."""
+    from kdlit.figures import beta_against_gap
+
+    figure = beta_against_gap(module.student, module.teacher, data, pictures=_FOR_GAP)
+    found.figures.append(inlaid(figure, f"{key}-beta"))
+
+
+def _costs(run: Run, module: Any, data: L.LightningDataModule) -> dict[str, Cost]:
+    from kdlit.figures import cost_of_run
+
+    costs = {}
+    for accuracy in ACCURACIES:
+        with contextlib.suppress(ValueError):  # one that the run does not have
+            costs[accuracy] = cost_of_run(run, module, data, accuracy)
+    return costs
+
+
+def inlaid(figure: CaptionedFigure, key: str, on_white: bool = False) -> tuple[str, Markup, str]:
+    """A figure as the page has it: title, drawing and caption.
+
+    Args:
+        figure: with both.
+        key: makes ids on the page.
+        on_white: whether it needs a white ground in the dark, too.
+    """
+    caption, title = figure.caption, " ".join(figure.get_suptitle().split()) or key
+    figure.without_caption().suptitle("")
+    label = f"{title}. {caption.partition('. ')[0]}."
+    return title, as_html(figure, key, label, on_white=on_white), caption

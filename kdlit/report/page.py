@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from kdlit.runs import Run
 
 _HERE = Path(__file__).parent
-_STEPS = 6  # that are told of each run
+_STEPS = 7  # that are told of each run
 
 
 def _no_step(text: str, done: int, of: int) -> None:
@@ -87,6 +87,7 @@ def report_html(
         heads=HEADS,
         warnings=_merged(about, differences(runs)),
         scoreboard=_scoreboard(runs) if len(runs) > 1 else None,
+        cost=_cost(measured) if len(runs) > 1 else None,
         groups=curves,
         measured=measured,
         style=Markup((_HERE / "page.css").read_text(encoding="utf-8")),
@@ -120,3 +121,18 @@ def _scoreboard(runs: Sequence[Run]) -> Markup:
     html = re.sub(r"<(/?)h2>", r"<\1h3>", html)
     box = '<div class="box" role="region" aria-label="Scoreboard" tabindex="0">'
     return Markup(html.replace('<div class="box" tabindex="0">', box))
+
+
+def _cost(measured: Sequence[Measured | None]) -> tuple[str, Markup, str] | None:
+    """What the runs cost and bring, if they have the same kind of accuracy."""
+    if None in measured:
+        return None
+    from kdlit.figures import time_against_accuracy
+    from kdlit.report.measured import ACCURACIES, inlaid
+
+    for accuracy, pictures in ACCURACIES.items():
+        costs = [one.costs[accuracy] for one in measured if one is not None and accuracy in one.costs]
+        if len(costs) == len(measured):
+            where = f"Last epoch, {pictures} pictures; times compare only where all ran on the same idle machine"
+            return inlaid(time_against_accuracy(costs, where), "cost")
+    return None

@@ -188,3 +188,15 @@ def test_what_another_task_predicts_becomes_columns(trainer, tmp_path):
     with pytest.warns(UserWarning, match="predict_step gives no dictionary"):
         trainer(callbacks=[PredictionTable(str(path))]).predict(net, TinyData())
     assert not path.exists()
+
+
+def test_streamed_pictures_are_numbered_as_they_come(trainer, tmp_path):
+    class Stream(torch.utils.data.IterableDataset):
+        def __iter__(self):
+            yield from ((torch.zeros(3, 8, 8), 0) for _ in range(5))
+
+    net = ClassificationDistillation(TinyNet(), {"ce": CrossEntropyLoss()}, input_size=(3, 8, 8))
+    path = tmp_path / "predictions.csv"
+    loader = torch.utils.data.DataLoader(Stream(), batch_size=2)
+    trainer(callbacks=[PredictionTable(str(path))]).predict(net, loader)
+    assert [line.split(",")[0] for line in path.read_text().splitlines()] == ["index", "0", "1", "2", "3", "4"]

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import io
 import re
 
 import lightning as L
 import pytest
+import rich
 import torch
 
 from kdlit.callbacks import GradientWatch, Progress, Throughput
@@ -151,6 +153,65 @@ def test_it_looks_at_one_step_at_least():
         GradientWatch(0)
 
 
+def test_students_that_teach_each_other_have_angles_where_they_share_weights(trainer, tmp_path):
+    series = fitted(trainer, tmp_path, MutualLearning([TinyNet(), TinyNet()], input_size=(3, 8, 8)), GradientWatch(1))
+    angles = {name.removeprefix("train/grad_cosine/") for name in series if "grad_cosine" in name}
+    assert angles == {"0/ce/0/dml/1", "1/ce/1/dml/0"}
+
+
+def test_weighted_terms_of_three_students_add_up(trainer, tmp_path):
+    series = fitted(
+        trainer, tmp_path, MutualLearning([TinyNet() for _ in range(3)], input_size=(3, 8, 8)), max_epochs=1
+    )
+    terms = sum(value[0] for name, value in series.items() if name.startswith("train/weighted/"))
+    assert series["train/loss"][0] == pytest.approx(terms, rel=1e-5)
+
+
+class Doubtful(KDLoss):
+    calls = 0
+
+    def forward(self, student, teacher, batch):
+        self.calls += 1
+        return super().forward(student, teacher, batch) * (float("nan") if self.calls == 2 else 1.0)
+
+
+def test_a_skipped_batch_leaves_no_gradients(trainer, tmp_path):
+    losses = {"ce": CrossEntropyLoss(), "kd": Doubtful()}
+    other = module(performance="exact")
+    teacher = copy.deepcopy(other.teacher)
+    own = ClassificationDistillation(TinyNet(), losses, teacher, input_size=(3, 8, 8), non_finite="skip")
+    group = ManyStudents({"a": own, "b": other})
+    with pytest.warns(UserWarning, match="skipped|passed over"):
+        trainer(max_epochs=1, callbacks=[GradientWatch(1)], logger=RunLogger(str(tmp_path))).fit(group, TinyData())
+    series = Run(tmp_path, {}, {}).series()
+    assert series["a/train/skipped"][0] == 1
+    assert torch.tensor(series["a/train/grad_norm/kd"][0]).isfinite()
+
+
+def test_compiled_parts_keep_their_graph(trainer):
+    watch, run = GradientWatch(), trainer()
+    before = torch._functorch.config.donated_buffer
+    watch.setup(run, None, "fit")
+    assert torch._functorch.config.donated_buffer is False
+    watch.teardown(run, None, "fit")
+    assert torch._functorch.config.donated_buffer is before
+
+
+def test_sparse_gradients_are_measured_too(trainer, tmp_path):
+    class Embeds(TinyNet):
+        def __init__(self):
+            super().__init__()
+            self.shift = torch.nn.Embedding(4, 5, sparse=True)
+
+        def forward(self, image):
+            return super().forward(image) + self.shift(torch.zeros(len(image), dtype=torch.long))
+
+    net = ClassificationDistillation(
+        Embeds(), {"ce": CrossEntropyLoss()}, input_size=(3, 8, 8), optimizer=lambda p: torch.optim.SGD(p, lr=0.1)
+    )
+    assert fitted(trainer, tmp_path, net, GradientWatch(1))["train/grad_norm/ce"][0] > 0
+
+
 # Speed
 
 
@@ -174,8 +235,17 @@ def test_a_clock_that_does_not_run_counts_nothing(monkeypatch):
     clock.mark("losses")
     clock.stop()
     clock.mark("update")
-    assert clock.shares() == {"data": 0, "teacher": 2 / 3, "student": 0, "losses": 1 / 3, "update": 0}
-    assert clock.shares() == {}
+    assert clock.shares(3.0) == {"data": 3 / 6, "teacher": 2 / 6, "student": 0, "losses": 1 / 6, "update": 0}
+    assert clock.shares(3.0) == {}
+
+
+def test_what_a_clock_skips_counts_to_nothing(monkeypatch):
+    clock, moments = StepClock(), iter([1.0, 3.0, 4.0])
+    monkeypatch.setattr("time.perf_counter", lambda: next(moments))
+    clock.start(CPU)
+    clock.skip()
+    clock.mark("update")
+    assert clock.shares(0.0)["update"] == 1.0
 
 
 def test_validation_is_left_out_of_the_speed(monkeypatch, trainer):
@@ -192,6 +262,14 @@ def test_validation_is_left_out_of_the_speed(monkeypatch, trainer):
     now[0] += 100
     watch.on_validation_end(run, None)
     assert watch.images_per_s == 10
+    watch.on_train_batch_start(run, None, {}, 0)
+    assert watch._waited == 0, "nor does a step wait for its batch while others are validated"
+
+
+def test_a_batch_of_a_users_own_form_is_not_counted(trainer):
+    watch = Throughput()
+    watch.on_train_batch_end(trainer(), None, {}, {"labelled": (torch.zeros(10, 3, 8, 8),)}, 0)
+    assert watch.images_per_s is None
 
 
 # The terminal
@@ -216,7 +294,10 @@ def said(trainer, tmp_path, is_terminal, every_s=0.0, epochs=3):
         "enable_progress_bar": True,
         "logger": RunLogger(str(tmp_path)),
     }
-    trainer(callbacks=callbacks, **settings).fit(module(), TinyData())
+    try:
+        trainer(callbacks=callbacks, **settings).fit(module(), TinyData())
+    finally:
+        rich.reconfigure()  # the bar has bound everybody's console to its own
     return re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", out.getvalue())
 
 
@@ -240,5 +321,5 @@ def test_a_short_run_leaves_two_lines_in_a_log(trainer, tmp_path):
 
 def test_on_a_terminal_there_is_a_bar(trainer, tmp_path):
     text = said(trainer, tmp_path, is_terminal=True)
-    for part in ("Epoch 2/2", "ce: ", "kd: ", "train: ", "val: ", "images/s: ", "left: "):
+    for part in ("Epoch 3/3", "ce: ", "kd: ", "train: ", "val: ", "images/s: ", "left: "):
         assert part in text, part
