@@ -5,7 +5,7 @@ A row is a method: runs whose settings are the same but for the seed. Columns:
   last epoch, test           the student of the last epoch on the test pictures, from `kdlit test --ckpt_path=last`
   epoch chosen on val, test  likewise of best.ckpt, whose epoch was chosen on held-out training pictures
   last epoch, val            the last epoch on validation pictures that were held out of the training pictures
-  mean of last 10 epochs     over these epochs, if all ten were measured
+  mean of last 10 epochs     over these epochs, if all ten were measured, on those pictures
   best epoch, val            the best of all epochs on those pictures, which chose it: too good
   BEST EPOCH ON TEST         likewise where the validation pictures are the test pictures, or are not known not to be;
                              every cell says so as well, and none is ever compared with anything
@@ -15,7 +15,8 @@ A row is a method: runs whose settings are the same but for the seed. Columns:
                              pictures agrees with them; no verdict where the settings or the teacher are others
 
 Each accuracy is top-1 in per cent: mean, standard deviation over seeds and their number. Of copies with the same
-settings and seed the newest counts; unfinished runs do not. What was left out is listed beneath.
+settings and seed the newest counts, but first one that is finished and tested; unfinished runs do not. Figures of part
+of the test pictures do not count, nor those of data other than in training. What was left out is listed beneath.
 """
 
 from __future__ import annotations

@@ -115,7 +115,7 @@ def gather(
         against: the method that the others are held against, with its telling settings if there are several of it.
 
     Raises:
-        ValueError: If no run is left.
+        ValueError: If no run is left, or no row is named as ``against`` says, unless that is the default.
     """
     notes = [f"{entry.name}: {note}" for entry in entries for note in entry.notes]
     counted = [entry for entry in entries if entry.finished or unfinished]
@@ -137,7 +137,10 @@ def gather(
         if pairs:
             del sections[place]
     done = [_section(*place, rows, against) for place, rows in sorted(sections.items())]
-    return Scoreboard(tuple(done), against, tuple(sorted({*notes, *problems})))
+    rows = [row for section in done for row in section.rows]
+    if against != AGAINST and not any(against in (row.label, row.method) for row in rows):
+        raise ValueError(f"--against: there is no {against!r} here, but {'; '.join(sorted({r.label for r in rows}))}")
+    return Scoreboard(tuple(done), against, tuple(sorted(map(names.printable, {*notes, *problems}))))
 
 
 def _groups(entries: Sequence[Entry]) -> list[list[Entry]]:
@@ -154,16 +157,16 @@ def _groups(entries: Sequence[Entry]) -> list[list[Entry]]:
 
 
 def _one_of_each_seed(group: Sequence[Entry]) -> tuple[tuple[Entry, ...], list[str]]:
-    """The newest run of each seed, and which others are left out."""
-    newest: dict[str, Entry] = {}
+    """The newest run of each seed, of those that got furthest, and which others are left out."""
+    kept: dict[str, Entry] = {}
     told = []
-    for entry in sorted(group, key=lambda one: (one.started, one.name)):
-        if (older := newest.get(entry.seed)) is not None:
-            told.append(
-                f"{older.name}: not counted: {entry.name} is a newer run with the same settings and seed {entry.seed}"
-            )
-        newest[entry.seed] = entry
-    return tuple(sorted(newest.values(), key=lambda one: (len(one.seed), one.seed))), told
+    for entry in sorted(group, key=lambda one: (one.finished, LAST_TEST in one.figures, one.started, one.name)):
+        if (other := kept.get(entry.seed)) is not None:
+            why = "newer" if other.started <= entry.started else "tested" if other.finished else "finished"
+            why = f"is a {why} run with the same settings and seed {entry.seed}"
+            told.append(f"{other.name}: not counted: {entry.name} {why}")
+        kept[entry.seed] = entry
+    return tuple(sorted(kept.values(), key=lambda one: (len(one.seed), one.seed))), told
 
 
 def _row(entries: tuple[Entry, ...]) -> Row:
@@ -232,17 +235,21 @@ def _against(row: Row, references: list[Row], against: str) -> tuple[Row, Row | 
         return replace(row, no_difference=REFERENCE), None
     if not references:
         return replace(row, no_difference=f"no {against} here"), None
-    with_teacher = bool(row.teacher)
-    ours = names.conditions(row.settings, with_teacher)
-    fitting = [one for one in references if names.conditions(one.settings, with_teacher) == ours]
+
+    def both(other: Row) -> tuple[dict[str, Any], dict[str, Any]]:
+        """The conditions of the row and of another, with the teacher where it is the same question for both."""
+        of_teacher = all(one.teacher and one.method not in (names.ALONE, names.CHAIN) for one in (row, other))
+        return names.conditions(row.settings, of_teacher), names.conditions(other.settings, of_teacher)
+
+    pairs = [(one, *both(one)) for one in references]
+    fitting = [one for one, ours, theirs in pairs if ours == theirs]
     if any(row is one for one in fitting):
-        others = ", ".join(one.label for one in fitting if one is not row)
-        text = f"one of several {against}: name one by --against ({others})" if others else REFERENCE
+        rest = ", ".join(one.label for one in fitting if one is not row)
+        text = f"one of several {against}: name one by --against ({rest})" if rest else REFERENCE
         return replace(row, no_difference=text), None
     if not fitting:
-        theirs = [names.conditions(one.settings, with_teacher) for one in references]
-        nearest = min(theirs, key=lambda one: (len(names.differing([ours, one])), str(sorted(one.items()))))
-        keys = names.differing([ours, nearest])
+        others = [(names.differing([ours, theirs]), theirs) for _, ours, theirs in pairs]
+        keys, nearest = min(others, key=lambda one: (len(one[0]), str(sorted(one[1].items()))))
         return replace(row, no_difference=f"{against} was trained otherwise: {names.told(nearest, keys, 3)}"), None
     if len(fitting) > 1:
         labels = "; ".join(sorted(one.label for one in fitting))
@@ -250,13 +257,13 @@ def _against(row: Row, references: list[Row], against: str) -> tuple[Row, Row | 
     reference = fitting[0]
     if row.unfinished or reference.unfinished:
         return replace(row, no_difference="unfinished runs are not compared"), None
-    both = {kind: row.figures[kind] for kind in row.figures if kind in reference.figures}
     shared = {
         kind: difference
         for kind in FIGURES
-        if kind in both
+        if kind in row.figures
+        and kind in reference.figures
         and not kind.is_biased
-        and (difference := paired(both[kind].values, reference.figures[kind].values)) is not None
+        and (difference := paired(row.figures[kind].values, reference.figures[kind].values)) is not None
     }
     if not shared:
         return replace(row, no_difference=f"no seed has the same figure here and for {against}"), None

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import csv
+import hashlib
 import json
 import math
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +16,7 @@ from kdlit.runs import Run, find_runs
 from kdlit.scoreboard import settings as names
 
 LAST_EPOCHS = 10  # of which the mean is taken
+_NOTHING = "no top-1 accuracy that counts; kdlit test --ckpt_path=last measures it"
 
 
 class Figure(NamedTuple):
@@ -42,7 +45,6 @@ class Figure(NamedTuple):
 
 
 LAST_TEST = Figure("last_epoch_test", "test", "last", "nothing", "last epoch, test")
-MEAN_TEST = Figure("mean_of_last_10_epochs_test", "test", "last 10", "nothing", "mean of last 10 epochs, test")
 CHOSEN_TEST = Figure(
     "best_val_epoch_test", "test", "best on val", "val", "epoch chosen on val, test", "epoch chosen on val"
 )
@@ -60,7 +62,7 @@ BEST_TEST = Figure(
     "best on TEST",
 )
 # In the order of the columns, which is that in which a figure is preferred for comparisons; biased ones never are.
-FIGURES = (LAST_TEST, CHOSEN_TEST, MEAN_TEST, LAST_VAL, MEAN_VAL, BEST_VAL, BEST_TEST)
+FIGURES = (LAST_TEST, CHOSEN_TEST, LAST_VAL, MEAN_VAL, BEST_VAL, BEST_TEST)
 
 
 @dataclass(frozen=True)
@@ -128,15 +130,15 @@ def read_entries(folders: Iterable[str | Path]) -> tuple[list[Entry], list[str]]
             logs[path] = _Log.of(run)
         except (OSError, ValueError, TypeError, KeyError, csv.Error) as error:
             problems.append(f"{run.name}: left out: {error}")
-    # Pictures that one run shows to be the test pictures are that for every run on the same data.
+    # Pictures of unknown origin that one run shows to be the test pictures are that for every run on the same data.
     on_test = {log.data for log in logs.values() if log.val_is_test}
-    entries = [log.entry("test" if log.data in on_test else log.origin) for log in logs.values()]
-    problems += [
-        f"{entry.name}: left out: no top-1 accuracy that counts; kdlit test --ckpt_path=last measures it"
-        for entry in entries
-        if not entry.figures
+    entries = [
+        log.entry("test" if log.origin == "unknown" and log.data in on_test else log.origin) for log in logs.values()
     ]
-    return [entry for entry in entries if entry.figures], sorted(set(problems))
+    problems += [
+        "; ".join([f"{entry.name}: left out: {_NOTHING}", *entry.notes]) for entry in entries if not entry.figures
+    ]
+    return [entry for entry in entries if entry.figures], sorted(set(map(names.printable, problems)))
 
 
 def _found(folder: Path) -> tuple[list[Run], list[str]]:
@@ -162,6 +164,7 @@ class _Log:
     """What a run wrote down."""
 
     run: Run
+    assistants: list[Run]  # that stand above it in a chain, the nearest first
     settings: dict[str, Any]
     data: str  # the settings of its data
     origin: str  # of its validation pictures, as far as its record tells
@@ -177,18 +180,26 @@ class _Log:
     @classmethod
     def of(cls, run: Run) -> _Log:
         series = run.series()
-        test = run.results().get("test", {})
+        test = run.results("test").get("test", {})
         epochs_of_test = test.get("epochs")
         test_epochs = epochs_of_test if isinstance(epochs_of_test, int) else None
         trained = [epoch + 1 for name in series for epoch in series[name] if name.startswith(("train/", "val/"))]
         trainer = run.config.get("trainer")
-        wanted = trainer.get("max_epochs") if isinstance(trainer, dict) else None
-        settings = names.settings_of(run.config, run.record)
+        trainer = trainer if isinstance(trainer, dict) else {}
+        epochs = max([*trained, test_epochs or 0])
+        steps = trainer.get("max_steps")
+        enough = isinstance(steps, int) and 0 < steps <= max(
+            (int(row["step"]) + 1 for row in run.rows if "step" in row and "train/loss" in row), default=0
+        )
+        wanted = epochs if enough else trainer.get("max_epochs")
+        assistants = _assistants(run)
+        settings = _settings([run, *assistants])
         held_out = run.record.get("data")
         held_out = held_out.get("val") if isinstance(held_out, dict) else None
         known = isinstance(held_out, dict) and bool(held_out.get("size"))
         return cls(
             run,
+            assistants,
             settings,
             data=json.dumps({k: v for k, v in settings.items() if k.startswith("data.")}, sort_keys=True, default=str),
             origin="held out" if known else "unknown",
@@ -197,9 +208,9 @@ class _Log:
             test_top1=_fraction(test.get("test/top1"), "test/top1"),
             teacher_top1=_fraction(test.get("test/teacher_top1"), "test/teacher_top1"),
             test_epochs=test_epochs,
-            epochs=max([*trained, test_epochs or 0]),
+            epochs=epochs,
             planned=wanted if isinstance(wanted, int) and wanted > 0 else None,
-            val_is_test=_same_pictures(series, test, test_epochs),
+            val_is_test=_same_pictures(series, test, test_epochs, _chance(settings)),
         )
 
     @property
@@ -221,28 +232,37 @@ class _Log:
         if self.val and pictures == "unknown":
             notes.append("its data module does not say what its validation pictures are: they may be the test pictures")
         if self.val and pictures == "test":
-            notes.append("its validation pictures are its test pictures: both give the same figures")
+            notes.append("its validation pictures may well be its test pictures: both give the same figures")
         if not finished:
             plan = f"{self.planned} epochs" if self.planned else "an unstated number of epochs"
             missing = "" if (self.run.path / "student.pt").exists() else "; no student.pt, which the end writes"
             notes.append(f"unfinished: {self.epochs} of {plan}{missing}")
         student, teacher = names.student_and_teacher(self.run.config)
+        method = names.method_name(self.run.config)
+        if self.assistants:
+            above = names.student_and_teacher(self.assistants[-1].config)[1]
+            if above and {method, *(names.method_name(one.config) for one in self.assistants)} == {"KD"}:
+                method, teacher = names.CHAIN, above
+            notes.append(
+                f"its teacher is the student of {self.assistants[0].name}, and known by the settings of that run"
+            )
+        elif Path(path := _teacher_path(self.run)).name == "student.pt":
+            notes.append(f"its teacher is the student of a run, {path}: only runs with that very teacher share its row")
         data = self.run.config.get("data")
-        arguments = data.get("init_args") if isinstance(data, dict) else None
+        arguments = data.get("init_args") if isinstance(data, dict) and names.is_own_data(self.run.config) else None
         order = arguments.get("seed") if isinstance(arguments, dict) else None
         order = order if isinstance(order, int) and order != self.run.seed else None
-        # Runs that name no seed have drawn one each, and are no copies
-        seed = f"unknown, {self.run.name}" if self.run.seed is None else str(self.run.seed)
+        seed = f"unknown, {self._mark()}" if self.run.seed is None else str(self.run.seed)
         starts = self.run.record.get("starts")
         start = starts[-1] if isinstance(starts, list) and starts and isinstance(starts[-1], dict) else {}
         versions = start.get("versions")
         log = self.run.path / "metrics.csv"
         return Entry(
-            self.run.name,
+            names.printable(self.run.name),
             seed=seed if order is None else f"{seed} (pictures {order})",
             started=f"{start.get('time', '')} {log.stat().st_mtime if log.exists() else 0:.0f}",
             settings=self.settings,
-            method=names.method_name(self.run.config),
+            method=method,
             student=student,
             teacher=teacher,
             data=names.data_name(self.run.config),
@@ -251,24 +271,42 @@ class _Log:
             finished=finished,
             pictures=pictures,
             figures=figures,
-            teacher_top1=self.teacher_top1,
+            teacher_top1=None if self._measured_otherwise() else self.teacher_top1,
             version=str(versions.get("kdlit", "")) if isinstance(versions, dict) else "",
             shared_order=order,
             notes=tuple(notes),
         )
 
+    def _mark(self) -> str:
+        """What tells a run that names no seed from others, which drew theirs as well, but not from its copies."""
+        starts, log = self.run.record.get("starts"), self.run.path / "metrics.csv"
+        start = starts[0].get("time") if isinstance(starts, list) and starts and isinstance(starts[0], dict) else None
+        if start is None and not log.exists():
+            return names.printable(self.run.name)
+        content = log.read_bytes() if log.exists() else b""
+        return hashlib.sha256(str(start).encode() + content).hexdigest()[:8]
+
+    def _measured_otherwise(self) -> str:
+        """Why ``test.json`` is not of all test pictures as in training; empty if it is, as far as it tells."""
+        trainer = self.run.config.get("trainer")
+        planned = trainer.get("limit_test_batches") if isinstance(trainer, dict) else None
+        limit = self.test.get("limit_batches", planned)
+        if limit is not None and not (isinstance(limit, float) and limit == 1):  # the integer 1 is one batch
+            return f"it is of a part of the test pictures, limit_test_batches {limit!r}"
+        otherwise = self.test.get("otherwise")
+        return f"the data were other than in training: {otherwise}" if otherwise else ""
+
     def _of_val(self, epochs: int, pictures: str) -> dict[Figure, float]:
         """Figures of the validation curve."""
         if not self.val:
             return {}
-        last, mean = (LAST_TEST, MEAN_TEST) if pictures == "test" else (LAST_VAL, MEAN_VAL)
         best = BEST_VAL if pictures == "held out" else BEST_TEST
         figures = {best: max(self.val.values())}
         if epochs - 1 in self.val:
-            figures[last] = self.val[epochs - 1]
+            figures[LAST_VAL] = self.val[epochs - 1]
         ending = [self.val[epoch] for epoch in range(epochs - LAST_EPOCHS, epochs) if epoch in self.val]
         if len(ending) == LAST_EPOCHS:
-            figures[mean] = math.fsum(ending) / LAST_EPOCHS
+            figures[MEAN_VAL] = math.fsum(ending) / LAST_EPOCHS
         return figures
 
     def _of_test(self, epochs: int, finished: bool, pictures: str, notes: list[str]) -> dict[Figure, float]:
@@ -277,6 +315,9 @@ class _Log:
             return {}
         if self.test_epochs is None:
             notes.append("test.json does not count: it names no checkpoint that was measured")
+            return {}
+        if why := self._measured_otherwise():
+            notes.append(f"test.json does not count: {why}")
             return {}
         checkpoint = Path(str(self.test.get("checkpoint")))
         keeper = self.run.config.get("checkpoint")
@@ -300,6 +341,42 @@ class _Log:
         return {LAST_TEST: value}
 
 
+def _teacher_path(run: Run) -> str:
+    """The file of the teacher's weights, as the config names it; empty for none."""
+    value: Any = run.config
+    for key in ("model", "init_args", "teacher", "init_args", "path"):
+        value = value.get(key) if isinstance(value, dict) else None
+    return value if isinstance(value, str) else ""
+
+
+def _assistants(run: Run) -> list[Run]:
+    """The links of a chain above a run, the nearest first; they lie beside it."""
+    links = [run]
+    while Path(path := _teacher_path(links[-1])).name == "student.pt":
+        folder = run.path.parent / Path(path).parent.name
+        paths = {one.path.resolve() for one in links}
+        files = (run.path / "link.yaml", folder / "link.yaml", folder / "config.yaml")
+        if folder.resolve() in paths or not all(file.exists() for file in files):
+            break
+        links += find_runs([folder])
+    return links[1:]
+
+
+def _settings(links: list[Run]) -> dict[str, Any]:
+    """Those of a run; a teacher that is a link of its chain is known by its settings, as each seed has its own."""
+    settings = names.settings_of(links[0].config, links[0].record)
+    if len(links) > 1:
+        settings = {key: one for key, one in settings.items() if not key.startswith(f"{names.TEACHER}.")}
+        settings |= {f"{names.TEACHER}.{key}": one for key, one in _settings(links[1:]).items()}
+    return settings
+
+
+def _chance(settings: Mapping[str, Any]) -> float:
+    """The accuracy of a guess, 1 if the config does not tell the number of classes."""
+    counts = (one for key, one in settings.items() if re.match(r"model\.students?\..*num_classes$", key))
+    return 1 / next((one for one in counts if isinstance(one, int) and one > 0), 1)
+
+
 def _fraction(value: Any, name: str) -> float | None:
     """A finite accuracy; None if there is none.
 
@@ -321,16 +398,19 @@ def _fractions(values: Mapping[int, float], name: str) -> dict[int, float]:
     return {epoch: one for epoch, value in values.items() if (one := _fraction(value, name)) is not None}
 
 
-def _same_pictures(series: Mapping[str, Mapping[int, float]], test: Mapping[str, Any], epochs: int | None) -> bool:
-    """Whether one student has the same figures on the validation and on the test pictures, so that these are the same.
+def _same_pictures(
+    series: Mapping[str, Mapping[int, float]], test: Mapping[str, Any], epochs: int | None, chance: float
+) -> bool:
+    """Whether one student has the same figures on validation and test pictures, a sign that these are the same.
 
-    Compared are the figures that both have, to a share of 1e-4, as a GPU need not repeat them to the digit.
+    All three have to be there and agree to a share of 1e-4, as a GPU need not repeat them to the digit. A student that
+    guesses has the same figures on any pictures.
     """
     if epochs is None:
         return False
-    pairs = [
-        (series.get(f"val/{name}", {}).get(epochs - 1), test.get(f"test/{name}"))
-        for name in ("top1", "top5", "cross_entropy")
-    ]
+    figures = ("top1", "top5", "cross_entropy")
+    pairs = [(series.get(f"val/{name}", {}).get(epochs - 1), test.get(f"test/{name}")) for name in figures]
     known = [(val, value) for val, value in pairs if val is not None and isinstance(value, (int, float))]
-    return bool(known) and all(math.isclose(val, value, rel_tol=1e-4) for val, value in known)
+    if len(known) < len(figures) or known[0][0] <= 1.5 * chance:
+        return False
+    return all(math.isclose(val, value, rel_tol=1e-4) for val, value in known)

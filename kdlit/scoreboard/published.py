@@ -5,7 +5,8 @@ and for each network trained alone (``alone``): in per cent, with the standard d
 are printed with it, the places, and which epoch is reported: ``last``, ``best on test`` or ``not stated``. No paper
 says it; what its released code reports is taken for what it ran itself; copies of CRD's table are of the last epoch.
 ``recipe`` names parts of ``recipes.csv`` that hold the settings, and ``settings`` says whether these were published or
-had to be ``guessed``; both are empty where they are not known.
+had to be ``guessed``; both are empty where they are not known. ``defaults`` in ``recipes.csv`` is what a loss takes
+where a recipe says nothing.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import csv
 import functools
 import json
 import math
+import re
 from collections.abc import Iterator, Mapping
 from importlib import resources
 from typing import Any, NamedTuple
@@ -27,21 +29,36 @@ TEACHER_TOLERANCE = 0.1  # points by which the published teacher may differ when
 _USUAL: dict[str, tuple[Any, ...]] = {
     "data.val_size": (0,),
     "data.subset": (1,),
+    "data.subset_by": (None,),
+    "data.size": (None,),
+    "data.interpolation": ("bilinear",),
+    "data.classes": (None,),
+    "data.teacher_input": (None,),
     "data.label_noise": (0,),
     "data.auto_augment": (False,),
     "data.strong_view": (False,),
     "data.transforms": (None,),
     "trainer.limit_train_batches": (None, 1.0),
     "trainer.overfit_batches": (0,),
+    "trainer.fast_dev_run": (False,),
+    "trainer.sync_batchnorm": (False,),
     "trainer.accumulate_grad_batches": (1,),
     "trainer.gradient_clip_val": (None,),
     "trainer.max_steps": (-1,),
     "trainer.precision": (None, "32", "32-true", 32),
     "trainer.callbacks": ([],),
     "model.optimizer.nesterov": (False,),
+    "model.optimizer.dampening": (0,),
+    "model.optimizer.maximize": (False,),
+    "model.lr_scheduler.last_epoch": (-1,),
     "model.non_finite": ("stop", "raise"),
+    "model.performance": ("exact", "plain"),
+    "model.student.groups": (1,),
+    "model.student.width_per_group": (64,),
+    "model.student": (None, False),  # weights to begin with, for one; but for what else is named here
 }
-_USUAL_OF_TERMS: dict[str, Any] = {"warmup_epochs": 0, "loss.label_smoothing": 0, "loss.strong_view": False}
+_OF_NO_MATTER = re.compile(r"model\.student\..*\b(class|num_classes|progress)$")
+_USUAL_OF_TERMS: dict[str, Any] = {"warmup_epochs": 0, "gather": False}
 
 
 class Published(NamedTuple):
@@ -95,9 +112,7 @@ class Verdict(NamedTuple):
 @functools.cache
 def all_published() -> tuple[Published, ...]:
     """Every value in ``published.csv``."""
-    recipes: dict[str, dict[str, Any]] = {}
-    for row in _rows("recipes.csv"):
-        recipes.setdefault(row["recipe"], {})[row["key"]] = json.loads(row["value"])
+    recipes = _recipes()
     table = []
     for row in _rows("published.csv"):
         parts = row["recipe"].split()
@@ -107,6 +122,14 @@ def all_published() -> tuple[Published, ...]:
         cell = (row["dataset"], row["teacher"], row["student"], row["method"], float(row["top1"]), std, trials)
         table.append(Published(*cell, row["source"], row["checkpoint"], recipe, row["settings"] == "guessed"))
     return tuple(table)
+
+
+@functools.cache
+def _recipes() -> dict[str, dict[str, Any]]:
+    recipes: dict[str, dict[str, Any]] = {}
+    for row in _rows("recipes.csv"):
+        recipes.setdefault(row["recipe"], {})[row["key"]] = json.loads(row["value"])
+    return recipes
 
 
 def _rows(name: str) -> Iterator[dict[str, str]]:
@@ -119,13 +142,13 @@ def find_published(data: str, teacher: str, student: str, method: str) -> list[P
 
     Args:
         data: class of the data module, as ``CIFAR100``.
-        teacher: name of the network; of a student alone it does not matter.
+        teacher: name of the network, whose arguments do not matter; of a student alone it does not matter at all.
         student: likewise.
         method: as ``KD + LS``.
     """
     wanted = "+".join(sorted(method.lower().split(" + ")))
     teacher, wanted = ("", "alone") if method == names.ALONE else (teacher, wanted)
-    cell = (data.lower(), teacher, student, wanted)
+    cell = (data.lower(), teacher.partition("(")[0], student.partition("(")[0], wanted)
     found = [
         one
         for one in all_published()
@@ -183,11 +206,10 @@ def _other_recipe(published: Published, settings: Mapping[str, Any]) -> str:
         for key, value in sorted(recipe.items())
         if settings.get(key, "absent") != value
     ]
-    odd += [
-        f"{_short(key)} {settings[key]!r}, theirs {usual[0]!r}"
-        for key, usual in _USUAL.items()
-        if key not in recipe and key in settings and settings[key] not in usual
-    ]
+    for key in sorted(settings.keys() - recipe.keys()):
+        place = next((one for one in _USUAL if key == one or key.startswith(f"{one}.")), None)
+        if place and settings[key] not in _USUAL[place] and not _OF_NO_MATTER.match(key):
+            odd.append(f"{_short(key)} {settings[key]!r}, theirs {_USUAL[place][0]!r}")
     terms = {key.split(".")[2] for key in recipe if key.startswith(f"{names.LOSSES}.")}
     for key, value in sorted(settings.items()):
         if not key.startswith(f"{names.LOSSES}.") or key in recipe:
@@ -195,10 +217,25 @@ def _other_recipe(published: Published, settings: Mapping[str, Any]) -> str:
         term, _, rest = key.removeprefix(f"{names.LOSSES}.").partition(".")
         if term not in terms:
             odd += [f"{term} added"] if rest == "weight" else []
-        elif rest in _USUAL_OF_TERMS and value != _USUAL_OF_TERMS[rest]:
-            odd.append(f"{_short(key)} {value!r}, theirs {_USUAL_OF_TERMS[rest]!r}")
+        elif value != (usual := _usual_of_term(term, rest)):
+            odd.append(f"{_short(key)} {value!r}, theirs {usual!r}")
     more = f"; and {len(odd) - 3} more" if len(odd) > 3 else ""
     return f"other recipe: {'; '.join(odd[:3])}{more}" if odd else ""
+
+
+def _usual_of_term(term: str, rest: str) -> Any:
+    """What an argument of a term is where a recipe does not name it.
+
+    Args:
+        term: the name of a loss with those that it wraps, as ``LogitStandardization(KDLoss)``.
+        rest: the argument, with ``loss.`` once for each class, as ``loss.loss.temperature``.
+    """
+    argument = re.sub(r"^(loss\.)+", "", rest)
+    depth = rest.removesuffix(argument).count("loss.")
+    if not depth:
+        return _USUAL_OF_TERMS.get(rest, "absent")
+    classes = re.findall(r"[\w.]+", term)
+    return _recipes()["defaults"].get(f"{classes[depth - 1]}.{argument}", "absent")
 
 
 def _short(key: str) -> str:
@@ -207,13 +244,15 @@ def _short(key: str) -> str:
 
 def _other_teacher(published: Published, top1: float | None) -> str:
     """That ours is not the published teacher, by its accuracy."""
-    if not published.teacher or top1 is None:
-        return ""
     theirs = [
         one.top1
         for one in all_published()
         if (one.dataset, one.student, one.method) == (published.dataset, published.teacher, "alone")
     ]
-    if not theirs or min(abs(100 * top1 - value) for value in theirs) <= TEACHER_TOLERANCE:
+    if not published.teacher or not theirs:
+        return ""
+    if top1 is None:
+        return "teacher not measured on the test pictures; kdlit test --ckpt_path=last does that"
+    if min(abs(100 * top1 - value) for value in theirs) <= TEACHER_TOLERANCE:
         return ""
     return f"other teacher: top-1 {100 * top1:.2f}, theirs {theirs[0]:.2f}"

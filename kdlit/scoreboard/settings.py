@@ -10,7 +10,7 @@ from typing import Any
 _FREE = (
     *("seed_everything", "config", "run_dir", "ckpt_path", "accept_changes", "weights_only", "torch_threads"),
     *("students", "checkpoint", "last"),
-    *(f"data.{name}" for name in ("seed", "root", "download", "verify", "broken", "num_workers", "eval_batch_size")),
+    *("data.num_workers", "data.eval_batch_size"),
     *(
         f"trainer.{name}"
         for name in (
@@ -22,6 +22,10 @@ _FREE = (
         )
     ),
 )
+# Likewise for the data of kdlit; what such arguments mean to others nobody knows.
+_FREE_OF_DATA = ("data.seed", "data.download", "data.verify", "data.broken")
+_PUBLISHED_PICTURES = ("CIFAR10", "CIFAR100", "STL10", "TinyImageNet")  # by their sums, wherever they lie
+_LIMITS = tuple(f"trainer.{name}" for name in ("limit_train_batches", "limit_val_batches", "overfit_batches"))
 # Callbacks that change nothing: those of Lightning named here, and all of kdlit, which have lost their package.
 _WATCHERS = re.compile(
     r"\w+$|.*\.(DeviceStatsMonitor|LearningRateMonitor|ModelCheckpoint|\w*ProgressBar|\w*ModelSummary)$"
@@ -31,6 +35,7 @@ LOSSES = "model.losses"
 _WITHOUT_VALUES = ("num_classes", "path", "part", "model")  # arguments of a network that its name needs not tell
 _LOSS_NAMES = {"MLKDTwoView": "MLKD", "MLKDSingleView": "MLKD", "CATKD": "CAT-KD"}
 ALONE = "student alone"
+CHAIN = "TAKD"  # KD, and so was the teacher trained, from a teacher of its own
 
 
 def settings_of(config: Mapping[str, Any], record: Mapping[str, Any] | None = None) -> dict[str, Any]:
@@ -38,8 +43,8 @@ def settings_of(config: Mapping[str, Any], record: Mapping[str, Any] | None = No
 
     Classes of kdlit lose their package, so that ``kdlit.losses.KDLoss`` is ``KDLoss``; any other keeps its whole path.
     Losses are named by their classes, and those of weight 0 are left out. A teacher is known by the fingerprint of its
-    weights, where the record has it, and not by where its file lies; so are the training and validation pictures.
-    ``data.batch_size`` counts the pictures of all processes together.
+    weights, where the record has it, and not by where its file lies; so are the training and validation pictures of
+    kdlit's own data. ``data.batch_size`` counts the pictures of all processes together.
 
     Args:
         config: content of ``config.yaml``.
@@ -62,6 +67,14 @@ def settings_of(config: Mapping[str, Any], record: Mapping[str, Any] | None = No
     for part in ("train", "val"):
         if pictures := _within(record, "data", part, "pictures"):
             settings[f"data.{part} pictures"] = pictures
+    if is_own_data(config):
+        is_published = settings.get("data.class") in _PUBLISHED_PICTURES and settings.get("data.verify") is not False
+        root = ("data.root",) if is_published or "data.train pictures" in settings else ()
+        free = (*_FREE_OF_DATA, *root)
+        settings = {key: value for key, value in settings.items() if key not in free}
+    for key in _LIMITS:
+        if type(settings.get(key)) is int and settings[key] == 1:
+            settings[key] = "1 batch"  # which equals 1.0, that is all
     starts = record.get("starts")
     processes = _within(starts[-1], "processes") if isinstance(starts, list) and starts else 1
     if isinstance(batch := settings.get("data.batch_size"), int) and isinstance(processes, int):
@@ -74,9 +87,21 @@ def _simple(value: Any) -> Any:
     if isinstance(value, dict):
         if isinstance(path := value.get("class_path"), str) or "init_args" in value:
             arguments = _simple(value.get("init_args") or {})
-            return ({"class": re.sub(r"^kdlit\.\w+\.", "", path)} if isinstance(path, str) else {}) | arguments
-        return {str(key): _simple(one) for key, one in value.items()}
+            short = {"class": printable(re.sub(r"^kdlit\.\w+\.", "", path))} if isinstance(path, str) else {}
+            return short | (arguments if isinstance(arguments, dict) else {"init_args": arguments})
+        return {printable(str(key)): _simple(one) for key, one in value.items()}
+    if isinstance(value, str):
+        return printable(value)
     return [_simple(one) for one in value] if isinstance(value, list) else value
+
+
+def printable(text: str) -> str:
+    r"""A text with line ends, control characters and bytes that are no UTF-8 written out, as ``\n``.
+
+    Args:
+        text: a name of anything, or what was said about it.
+    """
+    return "".join(one if one.isprintable() else one.encode("unicode_escape").decode() for one in text)
 
 
 def _terms(losses: Mapping[str, Any]) -> dict[str, Any]:
@@ -211,6 +236,8 @@ def _loss_name(loss: Any) -> str:
     own = str(loss["class"]).removesuffix("Loss")
     if isinstance(inner := loss.get("loss"), dict):
         wrapped = _loss_name(inner)
+        if own == "OnHead":
+            return wrapped
         if own in ("GlobalTemperature", "InstanceTemperature") and wrapped == "KD":
             return "CTKD"
         return f"{wrapped} + {'LS' if own == 'LogitStandardization' else own}"
@@ -248,8 +275,8 @@ def student_and_teacher(config: Mapping[str, Any]) -> tuple[str, str]:
     arguments = model.get("init_args") if isinstance(model, dict) else None
     arguments = arguments if isinstance(arguments, dict) else {}
     students = arguments.get("students")
-    if students is not None:  # that teach each other: the first is the one that is measured
-        several = list(students.values()) if isinstance(students, dict) else list(students)
+    if isinstance(students, (dict, list)) and students:  # that teach each other: the first is the one that is measured
+        several = list(students.values()) if isinstance(students, dict) else students
         first, *others = map(network_name, several)
         return first, ", ".join(others)
     student = arguments.get("student") or arguments.get("backbone")
@@ -264,3 +291,12 @@ def data_name(config: Mapping[str, Any]) -> str:
     """
     data = _simple(config).get("data")
     return str(data.get("class", "unknown data")) if isinstance(data, dict) else "unknown data"
+
+
+def is_own_data(config: Mapping[str, Any]) -> bool:
+    """Whether the data module is one of kdlit, whose arguments are known.
+
+    Args:
+        config: content of ``config.yaml``.
+    """
+    return "." not in data_name(config)

@@ -48,6 +48,9 @@ class Difference:
     why: str = ""
 
 
+SAME = 1e-4  # points; shares are kept as float32, which rounds them by less
+
+
 def paired(ours: Mapping[str, float], theirs: Mapping[str, float]) -> Difference | None:
     """Compare two methods seed by seed with Student's paired t test.
 
@@ -69,7 +72,7 @@ def paired(ours: Mapping[str, float], theirs: Mapping[str, float]) -> Difference
     n, mean = len(differences), math.fsum(differences) / len(differences)
     if n < 2:
         return Difference(mean, n, why="no test, n=1")
-    if max(differences) - min(differences) < 1e-9:
+    if max(differences) - min(differences) < SAME:
         return Difference(mean, n, why=f"no test, the same with each of n={n} seeds")
     from scipy.stats import ttest_rel  # takes a second
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import functools
+import inspect
 import json
 from pathlib import Path
 
@@ -62,13 +63,27 @@ def recipe_of(row):
     return f"{base_recipe(row)} {row['dataset']}/{Path(row['config_method']).stem}" if row["config_method"] else ""
 
 
+def defaults_of_losses():
+    """What each loss of kdlit takes where nothing is said."""
+    from kdlit import losses
+
+    return {
+        f"{name}.{argument.name}": argument.default
+        for name, loss in vars(losses).items()
+        if inspect.isclass(loss) and issubclass(loss, losses.DistillationLoss)
+        for argument in inspect.signature(loss).parameters.values()
+        if argument.default is not inspect.Parameter.empty
+    }
+
+
 def expected_recipes():
     recipes = {"alone": settings_of_file(CONFIGS / "ablations/ce.yaml")}
     recipes["alone"] = {key: value for key, value in recipes["alone"].items() if key.startswith("model.losses.")}
+    recipes["defaults"] = defaults_of_losses()
     for row in CELLS:
         if row["config_method"]:
             base = settings_of_file(ROOT / row["config_pair"])
-            own = ("model.student", "model.teacher", "trainer.devices")
+            own = ("model.student", "model.teacher", "trainer.devices", "data.root")
             recipes[base_recipe(row)] = {key: value for key, value in base.items() if not key.startswith(own)}
             name = recipe_of(row).split()[1]
             recipes[name] = settings_of_file(ROOT / row["config_method"])
@@ -77,6 +92,18 @@ def expected_recipes():
         for name, recipe in sorted(recipes.items())
         for key, value in sorted(recipe.items())
     ]
+
+
+@functools.cache
+def names_of_transformers():
+    """The names in kdlit of the networks of a cell that has a config of its own."""
+    names = {}
+    for row in CELLS:
+        if "/transformers/" in row["config_own"]:
+            networks = settings.student_and_teacher(load(ROOT / row["config_own"]))
+            for there, here in zip((row["student"], row["teacher"]), networks, strict=True):
+                names[row["dataset"], there] = here.partition("(")[0]
+    return names
 
 
 def expected_published(shared):
@@ -100,6 +127,7 @@ def expected_published(shared):
             continue
         found.setdefault((*key, row["value"]), []).append(row)
     table = []
+    ours = names_of_transformers()
     for (dataset, teacher, student, method, value), rows in sorted(found.items()):
         sources = {row["source"] for row in rows}
         std = next((row for row in rows if row["std"]), None)
@@ -116,7 +144,8 @@ def expected_published(shared):
             guessed = bool(same) and "unpublished" in same[0]["note"]
         table.append(
             {
-                "dataset": dataset, "teacher": teacher, "student": student, "method": method, "top1": value,
+                "dataset": dataset, "teacher": ours.get((dataset, teacher), teacher),
+                "student": ours.get((dataset, student), student), "method": method, "top1": value,
                 "std": std["std"] if std else "", "trials": std["trials"] if std else "",
                 "source": "; ".join(places), "checkpoint": checkpoint, "recipe": recipe,
                 "settings": "" if not recipe else "guessed" if guessed else "published",
@@ -146,7 +175,11 @@ def composed(pair, method):
     return merged(load(CONFIGS / f"cifar100/pairs/{pair}.yaml"), load(CONFIGS / f"cifar100/methods/{method}.yaml"))
 
 
-def found(config, top1=0.7, teacher_top1=None, lacking=""):
+def teachers(dataset, teacher):
+    return [one.top1 for one in published.find_published(dataset, "", teacher, "student alone")]
+
+
+def found(config, top1=0.7, teacher_top1=0.7942, lacking=""):
     """The first verdict on a run with three seeds, and the published value."""
     student, teacher = settings.student_and_teacher(config)
     ours = Sample({str(seed): top1 for seed in range(3)}) if top1 is not None else None
@@ -166,7 +199,8 @@ def test_the_config_of_a_cell_is_named_as_the_cell_and_gets_a_verdict(row):
     cell = (settings.data_name(config), teacher, student, settings.method_name(config))
     values = {one.top1: one for one in published.find_published(*cell)}
     ours = Sample({"0": float(row["top1"]) / 100})
-    verdict = published.verdict(values[float(row["top1"])], ours, settings.settings_of(config), None, "")
+    top1 = teachers(row["dataset"], teacher)[0] / 100
+    verdict = published.verdict(values[float(row["top1"])], ours, settings.settings_of(config), top1, "")
     assert (verdict.word, verdict.why) == ("agrees", "")
     assert verdict.published.guessed == ("unpublished" in row["note"])
 
@@ -192,6 +226,16 @@ def test_the_tolerance_is_two_standard_errors_of_the_difference():
         ({"data": {"init_args": {"subset": 0.5}}}, "data.subset 0.5, theirs 1"),
         ({"data": {"init_args": {"label_noise": 0.1}}}, "data.label_noise 0.1, theirs 0"),
         ({"data": {"init_args": {"batch_size": 128}}}, "data.batch_size 128, theirs 64"),
+        ({"data": {"init_args": {"size": 64}}}, "data.size 64, theirs None"),
+        ({"data": {"init_args": {"interpolation": "nearest"}}}, "data.interpolation 'nearest', theirs 'bilinear'"),
+        ({"data": {"init_args": {"subset_by": "x.pt"}}}, "data.subset_by 'x.pt', theirs None"),
+        ({"data": {"init_args": {"teacher_input": {"size": 64}}}}, "data.teacher_input.size 64, theirs None"),
+        ({"trainer": {"sync_batchnorm": True}}, "trainer.sync_batchnorm True, theirs False"),
+        ({"trainer": {"limit_train_batches": 1}}, "trainer.limit_train_batches '1 batch', theirs None"),
+        ({"model": {"init_args": {"performance": "fast"}}}, "model.performance 'fast', theirs 'exact'"),
+        ({"model": {"init_args": {"optimizer": {"init_args": {"dampening": 0.9}}}}}, "model.optimizer.dampening 0.9, theirs 0"),
+        ({"model": {"init_args": {"optimizer": {"init_args": {"maximize": True}}}}}, "model.optimizer.maximize True, theirs False"),
+        ({"model": {"init_args": {"student": {"class_path": "kdlit.models.from_checkpoint", "init_args": {"path": "s.pt", "model": {"class_path": "kdlit.models.resnet8x4"}}}}}}, "model.student.path 's.pt', theirs None"),
         ({"data": {"init_args": {"flip": False}}}, "data.flip False, theirs True"),
         ({"model": {"init_args": {"optimizer": {"init_args": {"lr": 0.1}}}}}, "model.optimizer.lr 0.1, theirs 0.05"),
         ({"trainer": {"callbacks": [{"class_path": "lightning.pytorch.callbacks.EarlyStopping"}]}}, "trainer.callbacks"),
@@ -224,9 +268,43 @@ def test_other_values_of_the_method_get_no_verdict(term, values, reason):
     assert reason in found(config)[0].why
 
 
+@pytest.mark.parametrize(
+    ("method", "place", "argument", "value", "reason"),
+    [
+        ("crd", (), "negatives_from", "all", "CRDLoss.negatives_from 'all', theirs 'other_classes'"),
+        ("crd", (), "negatives_from", "other_classes", ""),
+        ("kd_ls_t2_w9", ("init_args", "loss"), "temperature", 7.0, "temperature 7.0, theirs 2.0"),
+        ("kd_ls_t2_w9", (), "eps", 0.1, "eps 0.1, theirs 1e-07"),
+    ],
+)
+def test_arguments_of_a_loss_that_no_recipe_names_have_to_be_its_defaults(method, place, argument, value, reason):
+    config = composed("resnet32x4_resnet8x4", method)
+    terms = config["model"]["init_args"]["losses"].values()
+    loss = next(term["loss"] for term in terms if term["loss"]["class_path"] != "CrossEntropyLoss")
+    for key in place:
+        loss = loss[key]
+    loss.setdefault("init_args", {})[argument] = value
+    why = found(config)[0].why
+    assert reason in why if reason else not why
+
+
+def test_cells_of_transformers_are_found_by_the_names_that_their_configs_give():
+    own = [row for row in CELLS if "/transformers/" in row["config_own"]]
+    for row in own:
+        config = load(ROOT / row["config_own"])
+        student, teacher = settings.student_and_teacher(config)
+        data = row["dataset"]
+        values = published.find_published(
+            data, f"{teacher}(pretrained=True)", f"{student}(drop_path=0.1)", settings.method_name(config)
+        )
+        assert float(row["top1"]) in [one.top1 for one in values]
+    assert len(own) == 10
+
+
 def test_what_else_stands_in_the_way_of_a_verdict():
     config = composed("resnet32x4_resnet8x4", "kd")
-    assert found(config, teacher_top1=0.7942)[0].why == ""
+    assert found(config)[0].why == ""
+    assert found(config, teacher_top1=None)[0].why.startswith("teacher not measured on the test pictures")
     assert found(config, teacher_top1=0.7850)[0].why == "other teacher: top-1 78.50, theirs 79.42"
     assert found(config, None)[0].why.startswith("no figure of the last epoch on the test pictures")
     assert found(config, lacking="unfinished runs")[0].why == "unfinished runs"

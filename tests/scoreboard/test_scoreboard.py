@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import csv
+import functools
 import io
 import json
+import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -22,7 +25,6 @@ from kdlit.scoreboard.entries import (
     FIGURES,
     LAST_TEST,
     LAST_VAL,
-    MEAN_TEST,
     MEAN_VAL,
     read_entries,
 )
@@ -56,6 +58,7 @@ def run(tmp_path, monkeypatch):
         held_out=True,
         at=None,
         cross_entropy=None,
+        top5=None,
         done=True,
         data=None,
         **trainer,
@@ -86,6 +89,7 @@ def run(tmp_path, monkeypatch):
                 "epoch": epoch,
                 "train/loss": 1.0,
                 "val/top1": (val or {}).get(epoch),
+                "val/top5": (top5 or {}).get(epoch),
                 "val/cross_entropy": (cross_entropy or {}).get(epoch),
             }
             for epoch in range(epochs)
@@ -176,19 +180,54 @@ def test_the_test_figure_of_half_a_training_does_not_count(run):
     assert "it names no checkpoint" in notes_of(folder)
 
 
-def test_validation_pictures_that_are_the_test_pictures_give_figures_of_test(run):
-    same = {"test/top1": RISING[11], "test/cross_entropy": 2.5}
-    run("a", val=RISING, test=same, cross_entropy={11: 2.5})
-    run("b", val=RISING, seed=1)  # on the same data, without a test of its own
-    for name in "ab":
-        (entry,) = [one for one in read_entries(["runs"])[0] if one.name == f"runs/{name}"]
-        assert set(entry.figures) == {LAST_TEST, MEAN_TEST, BEST_TEST}
+def measured_alike(run, name, top1=RISING[11], other=2.5, **options):
+    """A run whose figures of validation and test are the same, but for the cross-entropy on test if that is given."""
+    same = {"test/top1": top1, "test/top5": 0.9, "test/cross_entropy": other}
+    options = {"val": RISING | {11: top1}, "held_out": False} | options
+    return run(name, test=same, cross_entropy={11: 2.5}, top5={11: 0.9}, **options)
+
+
+def pictures_of(*folders):
+    return [entry.pictures for entry in read_entries(folders)[0]]
+
+
+def test_validation_pictures_that_look_like_the_test_pictures_are_trusted_less_and_never_more(run):
+    measured_alike(run, "a")
+    run("b", val=RISING, seed=1, held_out=False)  # on the same data, without a test of its own
+    run("c", val=RISING, seed=2)  # whose record knows better
+    a, b, c = read_entries(["runs"])[0]
+    assert set(a.figures) == {LAST_TEST, LAST_VAL, MEAN_VAL, BEST_TEST}
+    assert set(b.figures) == {LAST_VAL, MEAN_VAL, BEST_TEST}
+    assert set(c.figures) == {LAST_VAL, MEAN_VAL, BEST_VAL}
+    assert [one.pictures for one in (a, b, c)] == ["test", "test", "held out"]
     assert "both give the same figures" in notes_of("runs")
 
 
-def test_the_same_accuracy_on_other_pictures_is_no_sign(run):
-    other = {"test/top1": RISING[11], "test/cross_entropy": 2.4}
-    assert LAST_VAL in figures_of(run("a", val=RISING, test=other, cross_entropy={11: 2.5}))
+def test_no_run_shows_its_pictures_to_be_the_test_pictures_by_a_guess_or_by_few_figures(run):
+    assert pictures_of(measured_alike(run, "alike")) == ["test"]
+    assert pictures_of(measured_alike(run, "guess", top1=0.01)) == ["unknown"]  # as good as 1 of 100 classes at random
+    assert pictures_of(measured_alike(run, "other", other=2.4)) == ["unknown"]
+    assert pictures_of(run("few", val=RISING, test=RISING[11], held_out=False)) == ["unknown"]
+    assert pictures_of(measured_alike(run, "held_out", held_out=True)) == ["held out"]
+
+
+@pytest.mark.parametrize(
+    ("said", "limit", "counts"),
+    [
+        ({}, None, True),
+        ({"limit_batches": None, "otherwise": ""}, 1, True),  # the test is what counts
+        ({"limit_batches": 1.0}, None, True),
+        ({"limit_batches": 1}, None, False),  # batch
+        ({"limit_batches": 0.5}, None, False),
+        ({}, 2, False),
+        ({"otherwise": "data.size 32 -> 64"}, None, False),
+    ],
+)
+def test_a_figure_of_part_of_the_test_pictures_or_of_others_does_not_count(run, said, limit, counts):
+    folder = run("a", val=RISING, test={"test/top1": 0.7, "test/teacher_top1": 0.8, **said}, limit_test_batches=limit)
+    assert (LAST_TEST in figures_of(folder)) == counts
+    assert ("test.json does not count: " in notes_of(folder)) != counts
+    assert (read_entries([folder])[0][0].teacher_top1 is not None) == counts
 
 
 def test_of_validation_pictures_that_nobody_vouches_for_the_best_is_best_on_test(run):
@@ -197,8 +236,8 @@ def test_of_validation_pictures_that_nobody_vouches_for_the_best_is_best_on_test
 
 @pytest.mark.parametrize("origin", ["held out", "unknown", "test"])
 def test_no_format_shows_a_best_epoch_without_saying_so_in_head_and_cell(run, origin):
-    test = {"test/top1": RISING[11]} if origin == "test" else None
-    folder = run("a", val={**RISING, 3: 0.8765}, test=test, held_out=origin == "held out")
+    write = functools.partial(measured_alike, run) if origin == "test" else run
+    folder = write("a", val={**RISING, 3: 0.8765}, held_out=origin == "held out")
     board = compare([folder])
     kind = BEST_VAL if origin == "held out" else BEST_TEST
     word = {"held out": "best on val", "unknown": "best on TEST?", "test": "best on TEST"}[origin]
@@ -257,12 +296,34 @@ def test_runs_that_differ_in_seed_folder_and_logging_share_a_row(run):
         {"max_steps": 100},
         {"callbacks": [{"class_path": "lightning.pytorch.callbacks.EarlyStopping"}]},
         {"data": {"batch_size": 32}},
+        {"limit_train_batches": 1},  # which is not 1.0
+        {"data": {"verify": False, "root": "elsewhere"}},  # own pictures in the layout of published ones
     ],
 )
 def test_runs_that_compute_something_else_do_not(run, change):
-    run("a", test=0.70)
-    run("b", test=0.72, seed=1, **change)
+    run("a", test=0.70, limit_train_batches=1.0)
+    run("b", test=0.72, seed=1, **{"limit_train_batches": 1.0} | change)
     assert len(rows_of("runs")) == 2
+
+
+@pytest.mark.parametrize(
+    ("where", "arguments", "pictures", "free"),
+    [
+        ("kdlit.data.CIFAR100", {"root": "b", "seed": 3, "download": True, "broken": "skip"}, None, True),
+        ("kdlit.data.ImageFolder", {"root": "b"}, None, False),
+        ("kdlit.data.ImageFolder", {"root": "b"}, "fingerprint", True),
+        ("mylab.Pets", {"root": "b"}, None, False),
+        ("mylab.Pets", {"seed": 3}, None, False),
+        ("mylab.Pets", {"num_workers": 3}, None, True),
+    ],
+)
+def test_only_for_data_of_kdlit_it_is_known_which_arguments_change_nothing(where, arguments, pictures, free):
+    record = {"data": {"train": {"pictures": pictures}}}
+    one, other = (
+        settings_of({"data": {"class_path": where, "init_args": {"root": "a"} | more}}, record)
+        for more in ({}, arguments)
+    )
+    assert (one == other) == free
 
 
 def test_rows_of_one_method_say_in_what_they_differ(run):
@@ -281,11 +342,24 @@ def test_of_copies_with_one_seed_the_newest_counts_alone_and_this_is_said(run):
     assert "runs/b: not counted: runs/a is a newer run with the same settings and seed 0" in notes_of("runs")
 
 
-def test_runs_without_a_seed_are_no_copies(run):
-    run("a", test=0.70, seed=True)
-    run("b", test=0.60, seed=True)
+def test_a_copy_that_got_less_far_displaces_none(run):
+    run("a", val=RISING, test=0.70)
+    run("b", val=RISING, at="2026-02-01")
+    run("c", val=RISING, at="2026-03-01", epochs=2)
+    (row,) = rows_of("runs", unfinished=True).values()
+    assert [one.name for one in row.entries] == ["runs/a"]
+    assert "runs/b: not counted: runs/a is a tested run with" in notes_of("runs", unfinished=True)
+    assert "runs/c: not counted: runs/b is a finished run with" in notes_of("runs", unfinished=True)
+
+
+@pytest.mark.parametrize("seed", [True, False, None])
+def test_runs_without_a_seed_are_no_copies_unless_they_are(run, seed):
+    folder = run("a", test=0.70, seed=seed)
+    run("b", test=0.60, seed=seed, at="2026-01-02")
+    shutil.copytree(folder, "runs/backup")
     (row,) = rows_of("runs").values()
-    assert len(row.figures[LAST_TEST].values) == 2
+    assert sorted(row.figures[LAST_TEST].values.values()) == [0.60, 0.70]
+    assert "runs/a: not counted: runs/backup is a newer run with the same settings" in notes_of("runs")
 
 
 def test_a_run_named_twice_is_no_copy(run):
@@ -317,15 +391,30 @@ def test_a_log_with_gaps_does_not_make_a_finished_run_unfinished(run):
     assert not read_entries([folder])[0][0].finished
 
 
+def test_a_run_that_ends_by_its_number_of_steps_is_finished(run):
+    run("a", test=0.7, epochs=5, max_steps=5)
+    run("b", test=0.7, epochs=5, max_steps=6, seed=1)
+    for name in "ab":
+        (Path("runs") / name / "student.pt").touch()
+    a, b = read_entries(["runs"])[0]
+    assert (a.finished, a.epochs, set(a.figures)) == (True, 5, {LAST_TEST})
+    assert not b.finished
+
+
 def test_what_cannot_be_read_is_named_and_the_others_go_on(run):
     run("good", test=0.7)
     (run("no_accuracy", seed=1) / "student.pt").touch()
     (run("bad/log", seed=2, val=RISING) / "metrics.csv").write_text("step,epoch,train/loss,val/top1\n1,0,1,much\n")
     (run("bad/config", seed=3) / "config.yaml").write_text("a: [")
     (run("bad/test", seed=4, test=0.7) / "test.json").write_text("{")
+    (run("bad/loop", seed=6, test=0.7) / "config.yaml").write_text("model: &a\n  x: *a\n")
+    (run("bad/students", seed=7) / "config.yaml").write_text(
+        "model: {class_path: kdlit.modules.MutualLearning, init_args: {students: 3}}"
+    )
+    (Path("runs/good") / "validate.json").write_text("{")  # which nothing here asks for
     run("per_cent", seed=5, test=71.2)
     notes = notes_of("runs", "nowhere")
-    for name in ("no_accuracy", "bad/log", "bad/config", "bad/test", "per_cent", "nowhere"):
+    for name in ("no_accuracy", "bad/log", "bad/config", "bad/test", "bad/loop", "bad/students", "per_cent", "nowhere"):
         assert name in notes
     assert "test/top1 must be a share from 0 to 1, got 71.2" in notes
     assert [one.name for row in rows_of("runs").values() for one in row.entries] == ["runs/good"]
@@ -411,7 +500,8 @@ def test_another_reference_can_be_named(run):
     run("kd", test=0.7)
     run("dkd", DKD, test=0.72)
     assert rows_of("runs", against="DKD")["KD"].difference.mean == pytest.approx(-2)
-    assert "none: no WTTM here" in markdown(compare(["runs"], against="WTTM"))
+    with pytest.raises(ValueError, match="there is no 'WTTM' here, but DKD; KD$"):
+        compare(["runs"], against="WTTM")
 
 
 def test_several_references_have_to_be_told_apart(run):
@@ -441,6 +531,53 @@ def test_a_student_alone_stands_in_every_section_of_its_pairs(run):
     row = rows_of("runs")["student alone"]
     assert row.difference.mean == pytest.approx(-2)
     assert row.verdicts[0].published.top1 == 72.5
+    assert rows_of("runs", against="student alone")["KD"].difference.mean == pytest.approx(2)
+
+
+def test_differences_that_float32_rounds_are_the_same():
+    from kdlit.scoreboard.statistics import paired
+
+    kd = {"0": 0.7511000037193298, "1": 0.7523000240325928, "2": 0.7479000091552734}
+    dkd = {"0": 0.7530999779701233, "1": 0.7542999982833862, "2": 0.7498999834060669}
+    assert paired(dkd, kd).why == "no test, the same with each of n=3 seeds"
+    assert paired(dkd | {"2": 0.75}, kd).p is not None  # by one picture of 10,000
+
+
+def taught_by(folder, path, student=None, link=False):
+    """Name another teacher's weights, and another student."""
+    config = yaml.safe_load((folder / "config.yaml").read_text())
+    networks = config["model"]["init_args"]
+    if student:
+        networks["student"] = {"class_path": f"kdlit.models.{student}"}
+    networks["teacher"]["init_args"]["path"] = path
+    (folder / "config.yaml").write_text(yaml.safe_dump(config))
+    record = json.loads((folder / "run.json").read_text())
+    (folder / "run.json").write_text(json.dumps(record | {"teacher": {"weights": f"those of {path}"}}))
+    if link:
+        (folder / "link.yaml").touch()
+
+
+def test_the_last_link_of_a_chain_is_takd_whose_seeds_have_assistants_of_their_own(run):
+    for seed in (0, 1):
+        run(f"kd{seed}", test=0.70 + seed / 100, seed=seed)
+        taught_by(run(f"chain{seed}/assistant", test=0.75, seed=seed), "t.pth", "resnet14x4", link=True)
+        path = f"elsewhere/chain{seed}/assistant/student.pt"
+        taught_by(run(f"chain{seed}/student", test=0.71 + seed / 100, seed=seed), path, link=True)
+    row = rows_of("runs")["TAKD"]
+    assert [one.seed for one in row.entries] == ["0", "1"]
+    assert row.teacher == "resnet32x4"
+    assert row.difference.mean == pytest.approx(1)
+    assert row.verdicts[0].published.top1 == 73.81
+    assert "runs/chain0/student: its teacher is the student of runs/chain0/assistant" in notes_of("runs")
+    taught_by(run("other/assistant", test=0.75, seed=2, data={"batch_size": 32}), "t.pth", "resnet14x4", link=True)
+    taught_by(run("other/student", test=0.7, seed=2), "other/assistant/student.pt", link=True)
+    assert {"TAKD, batch_size=64", "TAKD, batch_size=32"} < set(rows_of("runs"))
+
+
+def test_a_teacher_that_a_run_trained_is_said(run):
+    taught_by(run("a", test=0.7), "runs/t/student.pt")
+    assert set(rows_of("runs")) == {"KD"}
+    assert "runs/a: its teacher is the student of a run, runs/t/student.pt: only runs with" in notes_of("runs")
 
 
 def test_versions_and_foreign_checkpoints_are_said(run):
@@ -473,6 +610,7 @@ def test_holms_correction_is_by_hand():
         (KD, "KD"),
         ({"kd": {"class_path": "kdlit.losses.WeightedLoss", "init_args": {"loss": {"class_path": "KDLoss"}, "weight": 1.0}}}, "KD"),
         ({"kd": {"class_path": "LogitStandardization", "init_args": {"loss": {"class_path": "DKDLoss"}}}}, "DKD + LS"),
+        ({"ce": {"class_path": "OnHead", "init_args": {"loss": {"class_path": "CrossEntropyLoss"}}}, "kd": {"class_path": "OnHead", "init_args": {"loss": {"class_path": "KDLoss"}}}}, "KD"),
         ({"a": {"class_path": "CRDLoss"}, "b": {"class_path": "WTTMLoss"}}, "CRD + WTTM"),
         ({"kd": {"class_path": "mylab.KDLoss"}}, "mylab.KD"),
         ({"kd": {"class_path": "mylab.Twice", "init_args": {"loss": {"class_path": "KDLoss"}}}}, "KD + mylab.Twice"),
@@ -558,6 +696,21 @@ def test_names_cannot_break_out_of_any_format(run):
     assert r"\<script\>\|\`\*" in text
     widths = {line.replace(r"\|", "").count("|") for line in text.splitlines() if line.startswith("|")}
     assert len(widths) == 1
+
+
+def test_line_ends_and_control_characters_of_names_are_written_out(run):
+    run("a\n# b\x1b[31m", {"a": {"class_path": "own.KD\nx"}}, test=0.7)
+    run("half\n", test=0.7, epochs=3)
+    os.rename(run("latin", test=0.7, seed=1), b"runs/latin\xff")
+    board = compare(["runs"])
+    terminal = io.StringIO()
+    scoreboard.print_board(board, Console(file=terminal, width=400))
+    for text in (markdown(board), table_csv(board), page_html(board), terminal.getvalue()):
+        assert "\x1b" not in text
+        assert "KD\nx" not in text
+        assert text.encode()
+    assert [line["method"] for line in csv.DictReader(io.StringIO(table_csv(board)))] == ["KD", "own.KD\\nx"]
+    assert "runs/half\\n" in markdown(board).replace("\\\\", "\\")
 
 
 def test_the_page_needs_nothing_else_and_has_a_dark_side(run):
