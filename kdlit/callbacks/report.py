@@ -101,9 +101,10 @@ class Progress(RichProgressBar):
             accuracies = {"train/top1": shown["train/top1"]} | accuracies
         for key, value in accuracies.items():
             told[key.removesuffix("/top1").replace("/", " ")] = f"{100 * float(value):.1f}%"
-        for key, value in super().get_metrics(trainer, pl_module).items():
+        others = super().get_metrics(trainer, pl_module)
+        for key in others:
             if key != "v_num" and not f"/{key}".endswith(("/loss", "/val/top1")):
-                told[key] = value
+                told[key] = others[key]
         callbacks: list[L.Callback] = cast("Any", trainer).callbacks
         speed = next((one.images_per_s for one in callbacks if isinstance(one, Throughput)), None)
         if not self.is_enabled and "train/images_per_s" in trainer.callback_metrics:
