@@ -15,6 +15,7 @@ from typing import Any, NoReturn
 import yaml
 
 STOPPED = (75, 130)  # exit statuses of a run that a signal told to stop, and that has saved
+_FEW = 12  # names that a message can list
 
 
 class CommandFileError(ValueError):
@@ -64,13 +65,15 @@ def mapping(content: object, place: str, keys: Sequence[str]) -> dict[str, Any]:
 
 
 def close(name: object, candidates: Sequence[str]) -> str:
-    """The end of a message about an unknown name: which known ones look like it.
+    """The end of a message about an unknown name: which known ones look like it, or else all if they are few.
 
     Args:
         name: the unknown one.
         candidates: the known ones.
     """
-    close = difflib.get_close_matches(str(name), candidates, cutoff=0.5) or candidates
+    close = difflib.get_close_matches(str(name), candidates, cutoff=0.5)
+    if not close and len(candidates) <= _FEW:
+        close = list(candidates)
     return f"; did you mean {' or '.join(map(repr, close))}?" if close else ""
 
 

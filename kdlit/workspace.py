@@ -148,7 +148,8 @@ def save(project: str, entity: str | None = None, name: str = "Distillation") ->
         Its address.
 
     Raises:
-        ConnectionError: If the server does not answer in time, accept the key, or know the entity.
+        ConnectionError: If W&B is offline or disabled, or the server does not answer in time, accept the key, or know
+            the entity.
         ModuleNotFoundError: If wandb-workspaces is not installed.
     """
     import wandb
@@ -157,6 +158,8 @@ def save(project: str, entity: str | None = None, name: str = "Distillation") ->
     from kdlit.dashboards import _login_problem
 
     os.environ.setdefault("WANDB_SILENT", "true")
+    if (mode := wandb.setup().settings.mode) in ("offline", "dryrun", "disabled"):
+        raise ConnectionError(f"W&B: its mode is {mode}, but it is its server that keeps views; set WANDB_MODE=online")
     if problem := _within(_LIMIT, _login_problem, "the login"):
         raise ConnectionError(f"W&B: {_first_line(problem)}")
 

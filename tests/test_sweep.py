@@ -11,6 +11,7 @@ import sys
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import yaml
@@ -20,7 +21,8 @@ pytest.importorskip("optuna", reason="needs kdlit[sweep]")
 import optuna
 from wandb.sdk.launch.sweeps.utils import create_sweep_command, create_sweep_command_args
 
-from kdlit.sweeps import command, trials
+from kdlit.command_files import close
+from kdlit.sweeps import command, file, trials
 from kdlit.sweeps import main as sweep_main
 from kdlit.sweeps.file import DEFAULTS, Sweep, SweepError, read_sweep
 from kdlit.sweeps.trials import TrialError, Trials
@@ -31,19 +33,22 @@ BETA = "model.losses.dkd.loss.beta"
 
 OWN = '''
 import os
-import signal
 from kdlit.losses import DKDLoss
 
 
+class Killed(BaseException):
+    """Ends all that stands for a process."""
+
+
 class Watched(DKDLoss):
-    """Writes down every epoch, and has the process killed where a test wants it."""
+    """Writes down every epoch, and is killed where a test wants it."""
 
     def on_train_epoch_start(self, epoch, max_epochs):
         with open("epochs.txt", "a") as file:
             file.write(f"{self.beta:g}:{epoch} ")
         if epoch == 2 and os.path.exists("die"):
             os.remove("die")
-            os.kill(os.getpid(), signal.SIGKILL)
+            raise Killed
 '''
 
 CONFIG = """
@@ -124,11 +129,16 @@ def untrained(monkeypatch):
     return let
 
 
-def joined(**changes):
-    """The trials of the sweep, as a process of its own sees them; of a config that is not looked at."""
+def read(**changes):
+    """The sweep, whose file has these keys from now on."""
     text = Path("sweeps/beta.yaml").read_text()
     Path("sweeps/beta.yaml").write_text(yaml.safe_dump(yaml.safe_load(text) | changes))
-    return Trials(read_sweep(Path("sweeps/beta.yaml"), "sweep"), {})
+    return read_sweep(Path("sweeps/beta.yaml"), "sweep")
+
+
+def joined(**changes):
+    """The trials of the sweep, as a process of its own sees them; of a config that is not looked at."""
+    return Trials(read(**changes), {})
 
 
 def points(of):
@@ -140,7 +150,17 @@ def table(folder="sweep"):
         return list(csv.DictReader(file))
 
 
-def test_a_trial_whose_process_is_killed_goes_on_and_the_best_is_named(project, run):
+def test_a_trial_that_is_killed_goes_on_and_the_best_is_named(project, run, kdlit_cli, monkeypatch):
+    def here(given, stdout, **kwargs):
+        """Stands for a process that runs the command."""
+        assert given[:3] == [sys.executable, "-m", "kdlit"]
+        try:
+            status = int("error" in kdlit_cli(*given[3:]))
+        except sys.modules["own"].Killed:
+            status = -signal.SIGKILL
+        return SimpleNamespace(wait=lambda: status, send_signal=None)
+
+    monkeypatch.setattr(trials, "subprocess", SimpleNamespace(Popen=here, DEVNULL=None))
     (project / "die").touch()
     changed = SWEEP.replace("{low: 0.5, high: 16.0, log: true}", "{choices: [2.0]}").replace("trials: 4", "trials: 1")
     changed = changed.replace("[1.0, 2.0, 4.0]", "[3.0]")
@@ -178,9 +198,29 @@ def test_other_settings_need_another_folder(project, untrained):
         joined(choose="best")
     with pytest.raises(SweepError, match=re.escape("values.data.val_size was 'absent', is now 5")):
         Trials(mine.sweep, {"data": {"val_size": 5}})
-    Path("sweep/sweep.yaml").write_text("[")
+    record = Path("sweep/sweep.yaml")
+    record.write_text("[")
     with pytest.raises(SweepError, match="sweep cannot be used: ParserError"):
         joined(choose="last")
+    record.write_text("[1]")
+    with pytest.raises(SweepError, match=r"sweep/sweep.yaml is not what a sweep writes there; name another --run_dir"):
+        joined()
+
+
+@pytest.mark.parametrize("lost", [["sweep.yaml", "study.log"], ["sweep.yaml"], ["study.log"]])
+def test_trials_of_a_sweep_that_is_lost_are_not_taken_for_others(lost, project, untrained):
+    command.sweep_on(joined(trials=1), {})
+    for name in lost:
+        Path("sweep", name).unlink()
+    with pytest.raises(SweepError, match="sweep/trial_000 is there, but no sweep/sweep.yaml|not in this storage"):
+        joined()
+
+
+def test_a_file_in_place_of_a_trial_is_named(project, untrained):
+    mine = joined()
+    Path("sweep/trial_000").touch()
+    with pytest.raises(SweepError, match="sweep/trial_000 is a file, where the folder of a trial should be"):
+        mine.take()
 
 
 def test_a_config_that_changes_under_way_ends_the_sweep(project, untrained, monkeypatch):
@@ -233,15 +273,15 @@ def test_processes_share_a_sweep_and_train_nothing_twice(storage, project, untra
             together.wait(60)
 
     untrained(begin)
-    sweep = read_sweep(Path("sweeps/beta.yaml"), "sweep", trials=8)
-    processes = [Trials(sweep, {}, storage) for _ in range(3)]
+    sweep = read_sweep(Path("sweeps/beta.yaml"), "sweep", trials=5)
+    processes = [Trials(sweep, {}, storage) for _ in "ab"]
     threads = [threading.Thread(target=command.sweep_on, args=(one, {})) for one in processes]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    assert sorted(runs) == [f"trial_{number:03d}" for number in range(8)]
-    assert [row["state"] for row in table()] == ["complete"] * 8
+    assert sorted(runs) == [f"trial_{number:03d}" for number in range(5)]
+    assert [row["state"] for row in table()] == ["complete"] * 5
     assert processes[0].study.best_value == max(float(row[BETA]) for row in table())
     if storage:
         with pytest.raises(SweepError, match="are not in this storage; give the --storage it began with"):
@@ -280,6 +320,37 @@ def test_a_grid_has_every_point_once(project, untrained):
     command.sweep_on(grid, {})
     found = [tuple(point.values()) for point in points(grid)]
     assert found == [(a, b, c) for a in (1, 3, 5) for b in (4.0, 8) for c in (0.0, 0.1, 0.2, 0.3)]
+
+
+def test_long_ranges_are_not_listed(project):
+    tried = {BETA: {"low": 1, "high": 10**12}, "model.losses.dkd.weight": {"low": 0.0, "high": 1e9, "step": 1e-3}}
+    ends = [tuple(point.values()) for point in read(set={}, parameters=tried)._extremes()]
+    assert ends == [(1, 0.0), (10**12, 1e9)]
+    with pytest.raises(SweepError, match="parameters: a grid of 1,000,000,000,001,000,000,000,000 points, but it may"):
+        read(sampler="grid")
+    grid = read(parameters={BETA: {"low": 1, "high": 100_000}}, trials=10**6)
+    assert grid.trials == 100_000
+    assert grid.grid[-1] == {BETA: 100_000}
+
+
+@pytest.mark.parametrize("key", file._SAME_PICTURES)
+def test_all_trials_are_compared_on_the_same_pictures(key, project, monkeypatch):
+    def config(arguments):
+        text = {
+            "trainer": {"limit_val_batches": None},
+            "data": {"class_path": "own.Data", "init_args": {"val_size": 9}},
+        }
+        value = next((one for one in arguments if one.startswith(f"--{key}=")), "=").partition("=")[2]
+        inner = text["data"] if key == "data.class_path" else text["data"]["init_args"]
+        (inner if key.startswith("data.") else text["trainer"])[key.partition(".")[2]] = value
+        return text
+
+    monkeypatch.setattr(file, "resolved", config)
+    sweep = read(parameters={key: {"choices": ["", "a"]}})
+    with pytest.raises(
+        SweepError, match=f"parameters: {key} would be 'a' where the config has '', so that trials would"
+    ):
+        sweep.check()
 
 
 def test_whole_numbers_stay_whole(project, untrained):
@@ -434,7 +505,7 @@ MISTAKES = {
     "no parameters": ("trials: 4", "parameters: {}", ["parameters must map options to what is tried, got {}"]),
     "parameter that the config lacks": ("dkd.loss.beta", "kd.loss.beta", ["no 'model.losses.kd.loss.beta'; did you mean 'model.losses.dkd.loss.beta'"]),
     "misspelled parameter": ("loss.beta", "loss.betta", ["the config has no 'model.losses.dkd.loss.betta'", "dkd.loss.beta'"]),
-    "weight of a loss that is not there": ("dkd.loss.beta", "kd.weight", ["the config has no 'model.losses.kd.weight'"]),
+    "nothing like it": ("model.losses.dkd.loss.beta", "1", ["parameters: the config has no '1'\n"]),
     "parameter of another type": ("[1.0, 2.0, 4.0]", "[1.0, warm]", ["Expected a <class 'float'>", "warm"]),
     "range upside down": ("high: 16.0", "high: 0.1", ["low must be below high, got 0.5 and 0.1"]),
     "logarithm of zero": ("low: 0.5", "low: 0", ["log needs low above 0, and no step"]),
@@ -446,7 +517,11 @@ MISTAKES = {
     "endless grid": ("trials: 4", "sampler: grid", ["model.losses.dkd.loss.beta: a grid needs choices or a step"]),
     "seed as a parameter": ("model.losses.dkd.loss.beta", "seed_everything", ["the best of many seeds is luck"]),
     "validation pictures as a parameter": (
-        "model.losses.dkd.loss.beta", "data.init_args.val_size", ["trials would be compared on different pictures"]),
+        "model.losses.dkd.loss.beta: {low: 0.5, high: 16.0, log: true}",
+        "data: {choices: [{class_path: tests.conftest.TinyData, init_args: {val_size: 16}}]}",
+        ["data.val_size would be 16.0 where the config has 32.0", "compared on different pictures"]),
+    "date as a choice": ("[1.0,", "[2020-01-01,", ["temperature: datetime.date(2020, 1, 1) is a date or the like"]),
+    "date as a value": ("0.5}", "2020-01-01}", ["set.model.losses.dkd.weight: datetime.date(2020, 1, 1) is a date"]),
     "folder as a value": ("set: {", "set: {run_dir: x, ", ["set.run_dir: the sweep itself sets it; leave it out"]),
     "fixed and tried": ("set: {", "set: {model.losses.dkd.loss.beta: 1, ", ["stands in set and in parameters"]),
     "misspelled fixed value": ("dkd.weight", "dkd.wieght", ["wieght", "weight"]),
@@ -488,6 +563,13 @@ def test_a_missing_file_database_or_package_is_named(project, run, monkeypatch):
     assert run() == "kdlit: error: kdlit sweep needs Optuna: pip install 'kdlit[sweep]'\nexit 2"
 
 
+def test_known_names_are_listed_only_if_they_are_near_or_few():
+    many = [f"number_{number}" for number in range(13)]
+    assert close("nunber_12", many).startswith("; did you mean 'number_12'")
+    assert close("xyz", many) == ""
+    assert close("xyz", many[:2]) == "; did you mean 'number_0' or 'number_1'?"
+
+
 def test_help_shows_a_sweep_file_without_loading_torch_or_optuna():
     done = subprocess.run(
         [sys.executable, "-X", "importtime", "-c", "from kdlit.sweeps import main; main(['--help'])"],
@@ -509,7 +591,7 @@ def test_the_shipped_sweeps_resolve(name, monkeypatch):
     assert set(sweep.parameters) == {BETA, "model.losses.dkd.loss.temperature"}
 
 
-def test_the_sweep_of_wandb_drives_the_command_line(kdlit_cli, monkeypatch, tmp_path):
+def test_the_sweep_of_wandb_drives_the_command_line(kdlit_cli, monkeypatch):
     monkeypatch.chdir(ROOT)
     content = yaml.safe_load((ROOT / "configs/sweeps/wandb_dkd.yaml").read_text())
     assert content["metric"] == {"name": "val/top1", "goal": "maximize"}
@@ -527,5 +609,3 @@ def test_the_sweep_of_wandb_drives_the_command_line(kdlit_cli, monkeypatch, tmp_
     }  # fmt: skip
     assert config["trainer"]["logger"]["init_args"]["offline"] is False
     assert config["data"]["init_args"]["val_size"] > 0
-    out = kdlit_cli(*words[2:], "--trainer.fast_dev_run=true", "--run_dir", tmp_path / "run")
-    assert "error" not in out

@@ -9,6 +9,7 @@ import os
 import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -39,9 +40,12 @@ _NOT_TO_SET = dict.fromkeys(
     "seed_everything": "the best of many seeds is luck; name them in seeds, and their mean counts",
     "students": "a sweep trains one student at a time",
 }
-_NOT_TO_TRY = _NOT_TO_SET | dict.fromkeys(
-    ("data.val_size", "data.split_seed"), "trials would be compared on different pictures; put it under set"
+_SAME_PICTURES = (  # to be equal in all trials, or they are compared on different ones
+    *("trainer.limit_val_batches", "trainer.overfit_batches", "trainer.fast_dev_run"),
+    *("data.class_path", "data.root", "data.classes", "data.train_size", "data.val_size", "data.split_seed"),
+    "data.eval_batch_size",  # a limit of batches counts these
 )
+_LARGEST_GRID = 100_000
 
 
 class SweepError(CommandFileError):
@@ -66,7 +70,7 @@ class Sweep:
     parameters: dict[str, BaseDistribution]
     settings: dict[str, Any]
 
-    @property
+    @cached_property
     def grid(self) -> list[dict[str, Any]]:
         """All points of a grid; empty for other samplers."""
         if self.settings["sampler"] != "grid":
@@ -81,7 +85,7 @@ class Sweep:
         return min(asked, len(self.grid) or asked)
 
     def check(self) -> dict[str, Any]:
-        """Make sure that ``kdlit fit`` takes every trial, and that pictures are held out to choose on.
+        """Make sure that ``kdlit fit`` takes every trial, and that all are compared on the same held-out pictures.
 
         Returns:
             All values that the trials share.
@@ -90,32 +94,34 @@ class Sweep:
             CommandFileError: If not.
         """
         base = resolved(self.arguments)
-        known = [_plain(key) for key in flat(base)]
+        known = _plainly(base)
         for key in self.parameters:
             if not any(f"{name}.".startswith(f"{_plain(key)}.") for name in known):
-                raise SweepError(f"parameters: the config has no {key!r}{close(_plain(key), known)}")
-        data, trainer = base.get("data") or {}, base["trainer"]
+                raise SweepError(f"parameters: the config has no {key!r}{close(_plain(key), list(known))}")
         # A data module of a user may bring validation pictures along that are held out of nothing.
-        sizes = data.get("init_args") or {} if str(data.get("class_path")).startswith("kdlit.") else {}
-        for key, value, cure in (
-            ("data.val_size", sizes.get("val_size"), 5000),
-            ("trainer.limit_val_batches", trainer.get("limit_val_batches"), 1.0),
-        ):
-            if value is not None and value == 0:
+        ours = str(known.get("data.class_path")).startswith("kdlit.")
+        for key, cure in (("data.val_size", 5000), ("trainer.limit_val_batches", 1.0)):
+            if known.get(key) == 0 and (ours or not key.startswith("data.")):
                 raise SweepError(
                     f"{key} is 0, which leaves nothing to choose on but the test pictures, and those are not for "
                     f"choosing; hold training pictures out, as by set: {{{key}: {cure}}}"
                 )
-        for arguments in [self.final, *([*self.arguments, *options(point)] for point in self._extremes())]:
-            resolved(arguments)
+        resolved(self.final)
+        for point in self._extremes():
+            tried = _plainly(resolved([*self.arguments, *options(point)]))
+            for key in _SAME_PICTURES:
+                if tried.get(key) != known.get(key):
+                    raise SweepError(
+                        f"parameters: {key} would be {tried.get(key)!r} where the config has {known.get(key)!r}, so "
+                        "that trials would be compared on different pictures; put it under set"
+                    )
         return base
 
     def _extremes(self) -> Iterator[dict[str, Any]]:
         """A few points in which both ends of every range occur, and all choices."""
-        tried = {key: _all_values(one) or [vars(one)["low"], vars(one)["high"]] for key, one in self.parameters.items()}
         tried = {
-            key: values if "choices" in self.settings["parameters"][key] else [values[0], values[-1]]
-            for key, values in tried.items()
+            key: vars(one).get("choices") or (vars(one)["low"], vars(one)["high"])
+            for key, one in self.parameters.items()
         }
         for number in range(max(map(len, tried.values()))):
             yield {key: values[number % len(values)] for key, values in tried.items()}
@@ -130,18 +136,24 @@ def _plain(key: object) -> str:
     return str(key).replace(".init_args.", ".")
 
 
-def _all_values(distribution: BaseDistribution) -> list[Any]:
-    """Every value that a parameter can have; none if there is no end of them."""
-    from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
+def _plainly(config: Mapping[str, Any]) -> dict[str, object]:
+    return {_plain(key): value for key, value in flat(config).items()}
 
-    if isinstance(distribution, CategoricalDistribution):
-        return list(distribution.choices)
-    if isinstance(distribution, IntDistribution):
-        return list(range(distribution.low, distribution.high + 1, distribution.step))
-    if isinstance(distribution, FloatDistribution) and distribution.step:
-        steps = round((distribution.high - distribution.low) / distribution.step)
-        return [round(distribution.low + number * distribution.step, 12) for number in range(steps + 1)]
-    return []
+
+def _count(distribution: BaseDistribution) -> int:
+    """How many values a parameter can have; 0 if there is no end of them."""
+    one = vars(distribution)
+    if "choices" in one:
+        return len(list(one["choices"]))
+    return round((one["high"] - one["low"]) / one["step"]) + 1 if one["step"] else 0
+
+
+def _all_values(distribution: BaseDistribution) -> list[Any]:
+    """Every value that a parameter can have, if there is an end of them."""
+    one = vars(distribution)
+    if "choices" in one:
+        return list(one["choices"])
+    return [round(one["low"] + number * one["step"], 12) for number in range(_count(distribution))]
 
 
 def read_sweep(path: Path, run_dir: str | None = None, trials: int | None = None) -> Sweep:
@@ -171,13 +183,19 @@ def read_sweep(path: Path, run_dir: str | None = None, trials: int | None = None
     if not isinstance(tried, dict) or not tried:
         raise SweepError(f"{path}: parameters must map options to what is tried, got {tried!r}")
     for key in map(_plain, tried):
-        if key in _NOT_TO_TRY:
-            raise SweepError(f"{path}: parameters.{key}: {_NOT_TO_TRY[key]}")
+        if key in _NOT_TO_SET:
+            raise SweepError(f"{path}: parameters.{key}: {_NOT_TO_SET[key]}")
         if key in map(_plain, fixed):
             raise SweepError(f"{path}: {key} stands in set and in parameters; leave one out")
     parameters = {str(key): _distribution(value, f"{path}: parameters.{key}") for key, value in tried.items()}
-    if settings["sampler"] == "grid" and (endless := [key for key, one in parameters.items() if not _all_values(one)]):
-        raise SweepError(f"{path}: parameters.{endless[0]}: a grid needs choices or a step")
+    if settings["sampler"] == "grid":
+        if endless := [key for key, one in parameters.items() if not _count(one)]:
+            raise SweepError(f"{path}: parameters.{endless[0]}: a grid needs choices or a step")
+        if (size := math.prod(map(_count, parameters.values()))) > _LARGEST_GRID:
+            raise SweepError(
+                f"{path}: parameters: a grid of {size:,} points, but it may have {_LARGEST_GRID:,} at most; take "
+                "larger steps, or sampler: tpe"
+            )
     configs = [f"--config={os.path.normpath(path.parent / name)}" for name in names]
     folder = Path(run_dir or f"runs/sweeps/{path.stem}")
     kept = {key: settings[key] for key in ("parameters", *DEFAULTS)}
@@ -214,10 +232,18 @@ def _values(settings: Mapping[str, Any], key: str, path: Path) -> dict[str, Any]
     values = settings.get(key) or {}
     if not isinstance(values, dict):
         raise SweepError(f"{path}: {key} must map options to values, got {values!r}")
-    for name in values:
+    for name, value in values.items():
         if name in _NOT_TO_SET:
             raise SweepError(f"{path}: {key}.{name}: {_NOT_TO_SET[name]}")
+        _text(value, f"{path}: {key}.{name}")
     return values
+
+
+def _text(value: object, place: str) -> str:
+    try:
+        return json.dumps(value)
+    except TypeError:
+        raise SweepError(f"{place}: {value!r} is a date or the like, which no option takes; quote it") from None
 
 
 def _distribution(content: object, place: str) -> BaseDistribution:
@@ -229,7 +255,7 @@ def _distribution(content: object, place: str) -> BaseDistribution:
         choices = given["choices"]
         if len(given) > 1 or not isinstance(choices, list) or not choices:
             raise SweepError(f"{place}: choices must be a list of at least one value, and stand alone, got {content!r}")
-        texts = [one if isinstance(one, (str, int, float, type(None))) else json.dumps(one) for one in choices]
+        texts = [one if isinstance(one, (str, int, float, type(None))) else _text(one, place) for one in choices]
         return CategoricalDistribution(texts)
     ends = [given.get("low"), given.get("high"), given.get("step", 1)]
     if not all(type(end) in (int, float) and math.isfinite(end) for end in ends):

@@ -71,12 +71,21 @@ class Trials:
         now = json.loads(json.dumps(now, default=str))
         place = storage or JournalStorage(JournalFileBackend(log, JournalFileOpenLock(log)))
         if not record.exists():
+            if left := sorted(folder.glob("trial_*")):
+                raise SweepError(
+                    f"{left[0]} is there, but no {record} that says of which sweep; name another --run_dir, or delete "
+                    f"{folder} to begin anew"
+                )
             name = f"{folder.name}-{uuid.uuid4().hex[:8]}"
             study = optuna.create_study(storage=place, study_name=name, direction=settings["direction"])
             text = yaml.safe_dump({"study": name} | now, sort_keys=False).encode()
             write_whole(record, lambda file: file.write(text))
             return study
         before = yaml.safe_load(record.read_text(encoding="utf-8"))
+        if not isinstance(before, dict) or "study" not in before:
+            raise SweepError(
+                f"{record} is not what a sweep writes there; name another --run_dir, or delete {folder} to begin anew"
+            )
         name = before.pop("study")
         if before != now:
             raise SweepError(
@@ -218,7 +227,10 @@ class Trials:
 
 def _kept(folder: Path) -> IO[bytes] | None:
     """A file whose lock keeps a folder for those who have it open; None if others have."""
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except FileExistsError:
+        raise SweepError(f"{folder} is a file, where the folder of a trial should be; move it away") from None
     file = (folder / ".taken").open("wb")
     try:
         import fcntl

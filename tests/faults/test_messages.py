@@ -8,6 +8,7 @@ import pytest
 import yaml
 
 from kdlit.chain import ChainError, Link, print_chain, read_chain
+from kdlit.command_files import CommandFileError
 from kdlit.config_errors import check_yaml, yaml_problem
 from kdlit.data import ImageNet
 from kdlit.data.photographs import BrokenPhotograph, decode_photograph, list_photographs
@@ -41,7 +42,7 @@ def test_a_file_that_is_no_config_is_named_in_one_line(project, kdlit_cli, what)
     (line,) = out.removesuffix("exit 2").splitlines()
     assert line.startswith("kdlit: error: ")
     assert expected in line
-    with pytest.raises(ChainError, match=r"bad\.yaml"):
+    with pytest.raises(CommandFileError, match=r"bad\.yaml"):
         read_chain(project / "bad.yaml")
 
 

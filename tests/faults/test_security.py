@@ -14,7 +14,8 @@ import numpy as np
 import pytest
 import torch
 
-from kdlit.chain import ChainError, read_chain
+from kdlit.chain import read_chain
+from kdlit.command_files import CommandFileError
 from kdlit.data import CIFAR10, CIFAR100
 from kdlit.data.download import fetch
 from kdlit.data.photographs import BrokenPhotograph, read_photograph
@@ -144,7 +145,7 @@ def test_yaml_tags_run_nothing(project, kdlit_cli, marker):  # noqa: F811
     out = kdlit_cli("fit", "--config", "tiny.yaml", "--config", "bad.yaml")
     assert "kdlit: error: Problems parsing config bad.yaml: line 1: could not determine a constructor" in out
     (project / "bad_chain.yaml").write_text(f"links: {tag}\n")
-    with pytest.raises(ChainError, match=r"bad_chain\.yaml"):
+    with pytest.raises(CommandFileError, match=r"bad_chain\.yaml"):
         read_chain(project / "bad_chain.yaml")
     kdlit_cli("fit", "--config", "tiny.yaml", f"--model.teacher={tag}", "--print_config")
 
