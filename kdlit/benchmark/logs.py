@@ -1,18 +1,21 @@
 """What default logging and metrics cost, against a training step of 5 ms.
 
-Lightning's fit loop runs synthetic steps that sleep for --step_ms. From step to step it is drawn whether the module
-keeps its metrics and whether the progress bar is told, so that neighbouring steps compare. A step counts with all that
-the loop does around it, as CPU time, so that sleeping does not count. What the end of an epoch takes, log file
-included, is shared out among its steps. What is added is set against the length of a step.
+Lightning's fit loop runs synthetic steps that sleep for --step_ms. From block to block of as many steps as lie between
+two that are looked at closely it is drawn whether the module keeps its metrics and times its steps, and whether the
+progress bar is told, so that neighbouring blocks compare. A step counts with all that the loop does around it, as CPU
+time, so that sleeping does not count. What the end of an epoch takes, log file included, is shared out among its steps.
+What is added is set against the length of a step: the median of all differences between neighbouring blocks, and the
+interval in which it lies.
 """
 
 from __future__ import annotations
 
 import argparse
+import math
 import statistics
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
 from itertools import pairwise
 from typing import Any, cast
@@ -33,6 +36,8 @@ from kdlit.modules.means import RunningMeans
 from kdlit.types import Batch, ModelOutput
 
 STATES = ("nothing", "metrics", "metrics and progress bar")
+_END = "end of an epoch, log file"
+_BLOCK = 50  # steps, as log_every_n_steps of the trainer
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -51,17 +56,20 @@ def measure(step_ms: float, steps: int, rounds: int) -> dict[str, Any]:
         rounds: epochs that are measured.
     """
     epochs = interleaved({"": partial(_epoch, step_ms / 1e3, steps)}, rounds, warmup=1, title="logging")[""]
-    off = [epoch[STATES[0]] for epoch in epochs]
     rows = {}
-    for state in (*STATES, "end of an epoch, log file"):
-        values = [epoch[state] for epoch in epochs]
-        added = [one - other * (state in STATES) for one, other in zip(values, off, strict=True)]
+    for state in (*STATES, _END):
+        values = [1e3 * value for epoch in epochs for value in epoch[state]]
+        off = (
+            [1e3 * value for epoch in epochs for value in epoch[STATES[0]]] if state in STATES else [0.0] * len(values)
+        )
+        added = [one - other for one, other in zip(values, off, strict=True)]
+        middle, spread = statistics.median(added), _spread(added)
         rows[state] = {
-            "step_ms": 1e3 * statistics.median(values),
-            "added_ms": 1e3 * statistics.median(added),
-            "added_share": 1e3 * statistics.median(added) / step_ms,
-            "low": 1e3 * min(added) / step_ms,
-            "high": 1e3 * max(added) / step_ms,
+            "step_ms": statistics.median(values),
+            "added_ms": middle,
+            "added_share": middle / step_ms,
+            "low": (middle - spread) / step_ms,
+            "high": (middle + spread) / step_ms,
         }
     return {"step_ms": step_ms, "steps": steps, "states": rows}
 
@@ -80,6 +88,14 @@ def report(result: Mapping[str, Any]) -> str:
     )
     columns = ["on", "fit loop, CPU ms a step", "added, ms", f"added, of a step of {step}"]
     return heading(result, f"steps of {step}, {result['steps']} an epoch") + "\n" + table(columns, rows)
+
+
+def _spread(values: Sequence[float]) -> float:
+    """Half of the interval in which the median lies with a probability of about 95 %."""
+    if len(values) < 2:
+        return 0.0
+    low, _, high = statistics.quantiles(values, n=4)
+    return 1.58 * (high - low) / math.sqrt(len(values))
 
 
 class _Sleeper(nn.Module):
@@ -143,10 +159,12 @@ class _AlternatingBar(Progress):
 
 
 class _Director(L.Callback):
-    """Draws the state of each step and notes when it starts."""
+    """Draws the state of each block of steps and notes when they start."""
 
     def __init__(self, steps: int) -> None:
-        self.states = [STATES[int(number)] for number in torch.randint(len(STATES), (steps,))]
+        self.block = min(_BLOCK, steps // len(STATES))
+        blocks = [STATES[int(number)] for _ in range(steps // self.block + 1) for number in torch.randperm(len(STATES))]
+        self.states = [blocks[step // self.block] for step in range(steps)]
         self.moments: list[float] = []
 
     def on_train_batch_start(
@@ -162,8 +180,8 @@ class _Director(L.Callback):
         self.moments.append(time.process_time())
 
 
-def _epoch(seconds: float, steps: int) -> dict[str, float]:
-    """Mean CPU seconds of the steps of each state, and of the end of the epoch for each step."""
+def _epoch(seconds: float, steps: int) -> dict[str, list[float]]:
+    """CPU seconds of a step in each block, by state, and of the end of the epoch for each step."""
     batch = {"image": torch.randn(64, 3, 8, 8), "target": torch.randint(0, CLASSES, (64,))}
     terms = {"ce": losses.CrossEntropyLoss(), "dkd": losses.DKDLoss()}
     module = _Alternating(_Sleeper(seconds), terms, _Sleeper(0.0), input_size=(3, 8, 8))
@@ -173,14 +191,15 @@ def _epoch(seconds: float, steps: int) -> dict[str, float]:
         trainer = quiet_trainer(
             torch.device("cpu"),
             max_epochs=1,
+            log_every_n_steps=director.block,
             callbacks=[director, LearningRateMonitor("epoch"), _AlternatingThroughput(), bar],
             logger=RunLogger(folder),
             enable_progress_bar=True,
         )
         trainer.fit(module, DataLoader([batch] * steps, batch_size=None))  # type: ignore[arg-type]
     taken = [end - start for start, end in pairwise(director.moments)]
-    means = {
-        state: statistics.mean(one for one, other in zip(taken, director.states, strict=False) if other == state)
-        for state in STATES
-    }
-    return {**means, "end of an epoch, log file": taken[-1] / steps}
+    found: dict[str, list[float]] = {state: [] for state in STATES}
+    of_all = director.block * len(STATES)
+    for start in range(0, steps - steps % of_all, director.block):
+        found[director.states[start]].append(statistics.mean(taken[start : start + director.block]))
+    return {**found, _END: [taken[-1] / steps]}
