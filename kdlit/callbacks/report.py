@@ -22,7 +22,7 @@ from kdlit.modules import DistillationModule, ManyStudents
 class Progress(RichProgressBar):
     """Says how a run is doing: losses, accuracies, pictures per second, time left of the whole run.
 
-    On a terminal a bar that is told of steps twice a second and of the last one, as drawing costs time; elsewhere a
+    On a terminal a bar that is told of steps once a second and of the last one, as drawing costs time; elsewhere a
     line an epoch, at most one in ``every_s`` seconds, so that a log stays short. Losses are those of the step that was
     last looked at (``log_every_n_steps`` of the trainer), ``train`` is the accuracy there, ``val`` that of the last
     validation.
@@ -62,7 +62,7 @@ class Progress(RichProgressBar):
         """Move on, if it is time."""
         if not self.is_enabled:
             return
-        if time.monotonic() - self._told > 0.5 or batch_idx + 1 == trainer.num_training_batches:
+        if time.monotonic() - self._told > 1.0 or batch_idx + 1 == trainer.num_training_batches:
             self._told = time.monotonic()
             super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
 
