@@ -129,8 +129,9 @@ def find_runs(folders: Iterable[str | Path]) -> list[Run]:
         if not folder.is_dir():
             raise FileNotFoundError(f"there is no folder {folder}")
         configs = [folder / "config.yaml"]
-        if not configs[0].exists():
-            configs = [path for path in sorted(folder.rglob("config.yaml")) if _is_run(path.parent)]
+        if not _is_run(folder) or not configs[0].exists():
+            below = [path for path in sorted(folder.rglob("config.yaml")) if _is_run(path.parent)]
+            configs = below or configs  # one that has just begun has nothing else yet
         found = {run.path.resolve(): run for path in configs if path.exists() for run in _runs_in(path.parent)}
         if not found:
             raise FileNotFoundError(f"{folder} holds no run: there is no config.yaml beside a metrics.csv in it")

@@ -65,6 +65,15 @@ def test_runs_are_found_at_any_depth_and_students_one_by_one(tmp_path):
     assert len(find_runs([tmp_path, tmp_path / "b"])) == 3, "none comes twice"
 
 
+def test_a_config_of_the_users_own_hides_no_run_below_it(tmp_path):
+    (tmp_path / "config.yaml").write_text("{}")
+    write(tmp_path / "runs" / "a", {}, {"starts": []})
+    assert [run.path.name for run in find_runs([tmp_path])] == ["a"]
+    (tmp_path / "begun").mkdir()
+    (tmp_path / "begun" / "config.yaml").write_text("{}")
+    assert [run.path.name for run in find_runs([tmp_path / "begun"])] == ["begun"]
+
+
 def test_folders_without_runs_are_named(tmp_path):
     with pytest.raises(FileNotFoundError, match="there is no folder"):
         find_runs([tmp_path / "nothing"])

@@ -24,7 +24,7 @@ class Row:
     """One form of one network.
 
     Attributes:
-        name: ``teacher``, ``student`` or the name of a file.
+        name: ``teacher``, ``student``, ``student_NAME`` of one that learned with others, or the name of a file.
         runtime: what runs it.
         predict: gives logits.
         image: pictures as it takes them, shape ``(N, C, H, W)``.
@@ -135,12 +135,11 @@ def print_comparison(rows: Sequence[Row], rounds: Mapping[int, int], split: str,
             row.name,
             row.runtime,
             *("" if count is None else f"{count:,}" for count in (row.parameters, row.multiply_adds)),
-            f"{row.megabytes:.3g}" if row.megabytes < 100 else f"{row.megabytes:.0f}",
-            *(f"{row.milliseconds[size]:.3g}" for size in rounds),
+            *map(_short, (row.megabytes, *(row.milliseconds[size] for size in rounds))),
             "-" if row.top1 is None else f"{100 * row.top1:.2f}",
         )
         if row.name == "student" and (ratio := ratios(rows)):
-            table.add_row("teacher / student", "", *(f"{value:.2f}" for value in ratio.values()), "")
+            table.add_row("teacher / student", "", *map(_short, ratio.values()), "")
     Console(width=None if sys.stdout.isatty() else 200).print(table)
     where = machine()
     repeats = " and ".join(map(str, rounds.values()))
@@ -148,6 +147,10 @@ def print_comparison(rows: Sequence[Row], rounds: Mapping[int, int], split: str,
         f"Times: of one picture, median of {repeats} runs by turns, {where['cpu']}, {where['threads']} thread"
         f"{'s' * (where['threads'] != 1)}, torch {where['torch']}. Top-1: of {pictures} {split} pictures."
     )
+
+
+def _short(value: float) -> str:
+    return f"{value:.3g}" if value < 100 else f"{value:.0f}"
 
 
 def ratios(rows: Sequence[Row]) -> dict[str, float]:

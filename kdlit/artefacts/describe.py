@@ -28,12 +28,14 @@ class Chosen(NamedTuple):
         content: what it holds.
         epochs: how many whole epochs its student was trained for.
         why: how it was chosen.
+        own: whether it lies in the folder of the run, so that what is logged there is about it.
     """
 
     path: Path
     content: dict[str, Any]
     epochs: int
     why: str
+    own: bool
 
 
 def choose(run: Run, wanted: str) -> Chosen:
@@ -64,7 +66,8 @@ def choose(run: Run, wanted: str) -> Chosen:
         content = _read(path, others)
     if "epoch" not in content or "loops" not in content:
         raise ValueError(f"{path} is not a checkpoint of a run, such as checkpoints/last.ckpt in its folder")
-    return Chosen(path, content, _epochs(str(path)), _why(path, content, wanted))
+    own = path.resolve().parent == folder.resolve()
+    return Chosen(path, content, _epochs(str(path)), _why(path, content, wanted), own)
 
 
 def _read(path: Path, others: str) -> dict[str, Any]:
@@ -137,8 +140,12 @@ def about(
             "dtype": "float32",
             "class_names": None if classes is None else list(map(str, classes)),
         },
-        "checkpoint": {"file": chosen.path.name, "epochs": chosen.epochs, "chosen": chosen.why},
-        "accuracy": _accuracy(run, chosen),
+        "checkpoint": {
+            "file": chosen.path.name if chosen.own else str(chosen.path.resolve()),
+            "epochs": chosen.epochs,
+            "chosen": chosen.why,
+        },
+        "accuracy": _accuracy(run, chosen, name, list(getattr(module, "peers", ()))),
         "teacher": teacher,
         "run": {
             "folder": str(run.path.absolute()),
@@ -156,21 +163,37 @@ def _class(network: nn.Module) -> str:
     return f"{type(network).__module__}.{type(network).__qualname__}"
 
 
-def _accuracy(run: Run, chosen: Chosen) -> dict[str, Any]:
-    """Figures of this very student by where they are from: logged in training, ``kdlit test``, ``kdlit validate``."""
+def _accuracy(run: Run, chosen: Chosen, name: str, peers: Sequence[str]) -> dict[str, Any]:
+    """Figures of this very student by where they are from: logged in training, ``kdlit test``, ``kdlit validate``.
+
+    Args:
+        run: where it was trained.
+        chosen: its checkpoint; one that is not of the run has no figures.
+        name: of one that learned with others; empty for the first, or one alone.
+        peers: names of all but the first that learned together.
+    """
+    if not chosen.own:
+        return {}
     last = chosen.epochs - 1
     logged = {name: values[last] for name, values in run.series().items() if name.startswith("val/") and last in values}
-    found = {"logged in training": logged}
-    for stem, figures in run.results().items():
+    found: dict[str, dict[str, Any]] = {"logged in training": logged}
+    for stem, figures in run.results("test", "validate").items():
         if figures.get("epochs") == chosen.epochs and Path(str(figures.get("checkpoint"))).name == chosen.path.name:
-            found[f"kdlit {stem}"] = {
-                name: value for name, value in figures.items() if "/" in name and isinstance(value, float)
-            }
-    finite = {
-        where: {name: value for name, value in figures.items() if math.isfinite(value)}
-        for where, figures in found.items()
-    }
-    return {where: figures for where, figures in finite.items() if figures}
+            found[f"kdlit {stem}"] = figures
+    own = {where: _of_student(figures, name, peers) for where, figures in found.items()}
+    return {where: figures for where, figures in own.items() if figures}
+
+
+def _of_student(figures: Mapping[str, Any], name: str, peers: Sequence[str]) -> dict[str, float]:
+    """The finite figures of one student, ``STAGE/NAME/FIGURE`` of a peer as ``STAGE/FIGURE``."""
+    own = {}
+    for key, value in figures.items():
+        stage, slash, figure = key.partition("/")
+        owner, inner, rest = figure.partition("/")
+        peer = owner if inner and owner in peers else ""
+        if slash and peer == name and isinstance(value, float) and math.isfinite(value):
+            own[f"{stage}/{rest if peer else figure}"] = value
+    return own
 
 
 def about_input(shape: Sequence[int], student: NetworkInput | None, inside: bool) -> dict[str, Any]:

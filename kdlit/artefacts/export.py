@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import json
@@ -19,7 +20,7 @@ from kdlit.artefacts import SUFFIXES, cost, describe
 from kdlit.artefacts.formats import TRACED, ExportError, Leaving, check_packages, logits_from
 from kdlit.artefacts.pictures import Shown, check_parity, logits_in_batches, raw, real_pictures
 from kdlit.data.inputs import NetworkInput, Views
-from kdlit.files import load_whole, write_whole
+from kdlit.files import WriteError, load_whole, write_whole
 from kdlit.fingerprint import of_network
 from kdlit.modules import DistillationModule, MutualLearning
 from kdlit.run_record import write_text
@@ -55,16 +56,27 @@ def export(
         What could not be exported, and why, a line each.
 
     Raises:
+        FileExistsError: If there is a file in place of the folder, or another student in it.
         FileNotFoundError: If there is no run, checkpoint or data.
         ImportError: If a package is missing.
         ValueError: If a checkpoint or a config cannot be used.
+        WriteError: If the folder cannot be written into.
     """
     check_packages(list(formats))
     problems = []
-    for run in find_runs([run_dir]):
-        folder = run.path / "export" if output is None else Path(output) / run.path.relative_to(run_dir)
+    folders = [
+        (run, run.path / "export" if output is None else Path(output) / run.path.relative_to(run_dir))
+        for run in find_runs([run_dir])
+    ]
+    for _, folder in folders:
+        with _aside(folder):  # rather now than after all the work
+            pass
+    for run, folder in folders:
         chosen = describe.choose(run, checkpoint)
         if said := describe.unfinished(run, chosen) if checkpoint == "last" else "":
+            print(f"kdlit: warning: {said}", file=sys.stderr)
+        if not chosen.own:
+            said = f"{chosen.path} is not of {run.path / 'checkpoints'}, so the figures of {run.name} are left out"
             print(f"kdlit: warning: {said}", file=sys.stderr)
         print(f"{run.name}: {chosen.path.name}, {chosen.epochs} epochs trained: {chosen.why}")
         module, data = _rebuilt(run, chosen, settings)
@@ -96,6 +108,38 @@ def _students(module: DistillationModule) -> dict[str, nn.Module]:
     """Students by name, the first without one."""
     peers = dict(module.peers.items()) if isinstance(module, MutualLearning) else {}
     return {"": module.student, **peers}
+
+
+@contextlib.contextmanager
+def _aside(folder: Path) -> Iterator[Path]:
+    """Make a folder, and one within it to write files aside; in the end remove that, and what is left empty.
+
+    Args:
+        folder: where the files are to lie.
+
+    Raises:
+        FileExistsError: If it is a file.
+        WriteError: If it cannot be made or written into.
+    """
+    with contextlib.ExitStack() as stack:
+        try:
+            made = [one for one in (folder, *folder.parents) if not one.exists()]
+            stack.callback(_remove_empty, made)
+            folder.mkdir(parents=True, exist_ok=True)
+            aside = stack.enter_context(tempfile.TemporaryDirectory(prefix=".", suffix=".kdlit", dir=folder))
+        except FileExistsError as error:
+            raise FileExistsError(f"--output: {folder} is a file; name a folder") from error
+        except OSError as error:
+            raise WriteError(
+                f"cannot write into {folder}: {error.strerror}; name another folder by --output"
+            ) from error
+        yield Path(aside)
+
+
+def _remove_empty(folders: Sequence[Path]) -> None:
+    for folder in folders:
+        if folder.exists() and not any(folder.iterdir()):
+            folder.rmdir()
 
 
 class _Export:
@@ -181,49 +225,42 @@ class _Export:
         trained = logits_in_batches(logits_from(network), shown.image, batch_size)
         if not trained.isfinite().all():
             raise ValueError(f"the student of {self.run.name} gives logits that are not finite; train it again")
-        rows = list(_networks(network, teacher, shown, trained, batch_size))
+        rows = list(_networks(self.stem, network, teacher, shown, trained, batch_size))
         files, problems, new = dict(self.earlier), [], []
         shape = shown.image.shape[1:]
         forms = {
             kind: {**about, "input": describe.about_input(shape, self.student_input, self._normalises(kind))}
             for kind in (*formats, "")
         }
-        made = [folder for folder in (self.folder, *self.folder.parents) if not folder.exists()]
-        self.folder.mkdir(parents=True, exist_ok=True)
-        try:
-            with tempfile.TemporaryDirectory(prefix=".", suffix=".kdlit", dir=self.folder) as aside:
-                for kind in formats:
-                    path = Path(aside) / f"{self.stem}{SUFFIXES[kind]}"
-                    given = image if kind in TRACED else shown.image
-                    try:
-                        write_whole(path, functools.partial(student.write, kind, forms[kind]))
-                        read = functools.partial(student.read, kind, path)
-                        parity, logits = check_parity(read, given, trained, shown.split, batch_size)
-                    except ExportError as error:
-                        problems.append(f"{self.folder / path.name} is not written: {error}")
-                        continue
-                    size = path.stat().st_size / 1e6
-                    files[path.name] = {"format": kind, "sha256": _sha256(path), "megabytes": size}
-                    files[path.name] |= {"input": forms[kind]["input"], "parity": parity._asdict()}
-                    if kind in TRACED:
-                        rows.append(cost.Row(path.name, _RUNTIMES[kind], read(), given, size, _top1(logits, shown)))
-                    os.replace(path, self.folder / path.name)
-                    new.append(path.name)
-                    print(
-                        f"{self.folder / path.name}: as the trained student on {parity.pictures} {parity.split} "
-                        f"pictures, off by {parity.relative_difference:.1e} of the largest logit at most, "
-                        f"{100 * parity.same_class:g} % the same class"
-                    )
-            if new:
-                content = {**forms[""], "files": files}
-                self._write_record(content)  # already now: the files that it is about are there
-                rounds = cost.measure_times(rows, list(dict.fromkeys((1, batch_size))), seconds)
-                self._write_record({**content, "comparison": _as_data(rows, rounds, shown)})
-                cost.print_comparison(rows, rounds, shown.split, len(shown.image))
-        finally:
-            for folder in made:
-                if folder.exists() and not any(folder.iterdir()):
-                    folder.rmdir()
+        with _aside(self.folder) as aside:
+            for kind in formats:
+                path = aside / f"{self.stem}{SUFFIXES[kind]}"
+                given = image if kind in TRACED else shown.image
+                try:
+                    write_whole(path, functools.partial(student.write, kind, forms[kind]))
+                    read = functools.partial(student.read, kind, path)
+                    parity, logits = check_parity(read, given, trained, shown.split, batch_size)
+                except ExportError as error:
+                    problems.append(f"{self.folder / path.name} is not written: {error}")
+                    continue
+                size = path.stat().st_size / 1e6
+                files[path.name] = {"format": kind, "sha256": _sha256(path), "megabytes": size}
+                files[path.name] |= {"input": forms[kind]["input"], "parity": parity._asdict()}
+                if kind in TRACED:
+                    rows.append(cost.Row(path.name, _RUNTIMES[kind], read(), given, size, _top1(logits, shown)))
+                os.replace(path, self.folder / path.name)
+                new.append(path.name)
+                print(
+                    f"{self.folder / path.name}: as the trained student on {parity.pictures} {parity.split} "
+                    f"pictures, off by {parity.relative_difference:.1e} of the largest logit at most, "
+                    f"{100 * parity.same_class:g} % the same class"
+                )
+        if new:
+            content = {**forms[""], "files": files}
+            self._write_record(content)  # already now: the files that it is about are there
+            rounds = cost.measure_times(rows, list(dict.fromkeys((1, batch_size))), seconds)
+            self._write_record({**content, "comparison": _as_data(rows, rounds, shown)})
+            cost.print_comparison(rows, rounds, shown.split, len(shown.image))
         return problems
 
     def _normalises(self, kind: str) -> bool:
@@ -234,10 +271,10 @@ class _Export:
 
 
 def _networks(
-    student: nn.Module, teacher: nn.Module | None, shown: Shown, trained: torch.Tensor, batch_size: int
+    stem: str, student: nn.Module, teacher: nn.Module | None, shown: Shown, trained: torch.Tensor, batch_size: int
 ) -> Iterator[cost.Row]:
     """Teacher and student as they are."""
-    networks = [("student", student, shown.image)]
+    networks = [(stem, student, shown.image)]
     if teacher is not None:
         networks.insert(0, ("teacher", teacher, shown.image_teacher))
     for name, network, image in networks:

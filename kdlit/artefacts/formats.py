@@ -65,7 +65,8 @@ class Leaving:
     """A student on its way out of a run.
 
     Args:
-        network: the student as it was trained, rebuilt from the config, in eval mode, without hooks of losses.
+        network: the student as it was trained, rebuilt from the config, in eval mode, without hooks of losses; its
+            parameters no longer ask for gradients from now on, so that logits of the traced formats need no detach.
         example: a batch of two pictures as the traced formats take them, for their size and type.
         normalisation: what the traced formats do to the pictures first; None for nothing.
     """
@@ -76,7 +77,7 @@ class Leaving:
         example: Tensor,
         normalisation: NetworkInput | None = None,
     ) -> None:
-        self.network = network
+        self.network = network.requires_grad_(False)
         self.example = torch.zeros_like(example)
         self.normalisation = normalisation
 

@@ -118,7 +118,7 @@ def draw_class_difference_map(outputs: Outputs, *, scale: float = 1.0, standardi
         f"{outputs.description}. Row c holds the mean logits of the pictures of class c, teacher minus student, "
         "without sign; the diagonal is set to 0 and counts in the mean. Darker means closer to the teacher.",
         f"Mean: {quoted(means)}. Largest: {quoted(tops)}.",
-        f"Grey: {missing} classes without a picture." if missing else "",
+        f"Grey: {missing} {'class' if missing == 1 else 'classes'} without a picture." if missing else "",
     )
     return figure
 

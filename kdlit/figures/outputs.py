@@ -229,7 +229,8 @@ def outputs_of(
         raise ValueError(f"{type(data).__name__} has no {split} pictures; take another split")
     said = {label: one.outputs() for label, one in watched.items()}
     classes = said["teacher"].logits.shape[1]
-    names = tuple(map(str, getattr(data, "class_names", None) or ()))
+    # A folder may have any bytes for a name; what is no text cannot be drawn.
+    names = tuple(str(name).encode("utf-8", "replace").decode() for name in getattr(data, "class_names", None) or ())
     return Outputs(
         teacher=said.pop("teacher"),
         students=said,
@@ -300,7 +301,17 @@ def _loaded(data: L.LightningDataModule, split: str, pictures: int | None) -> tu
         draw = torch.Generator().manual_seed(0)
         wanted = torch.zeros(available, dtype=torch.bool)
         wanted[torch.randperm(available, generator=draw)[:pictures]] = True
-    return available, _chosen((as_batch(batch) for loader in loaders for batch in loader), wanted, pictures)
+    return available, _chosen((as_given(data, batch) for loader in loaders for batch in loader), wanted, pictures)
+
+
+def as_given(data: L.LightningDataModule, batch: Any) -> Batch:
+    """A batch of a loader as the networks get it, after what the data module does to it on its way.
+
+    Args:
+        data: the pictures.
+        batch: what its loader gave.
+    """
+    return as_batch(data.on_after_batch_transfer(data.on_before_batch_transfer(batch, 0), 0))
 
 
 def _size(loader: Any) -> int | None:

@@ -87,11 +87,12 @@ def draw_top_classes(
     axis.set_title(f"one picture of class {shorten(names[label], 14)}", loc="right")
     best = " and ".join(shorten(names[place]) for place in order[:2].tolist())
     wrong = int(order[0]) != label
-    claim = "Even a prediction that is wrong keeps the neighbours of the classes it names: " if wrong else ""
+    claim = " Even a prediction that is wrong keeps neighbours of the classes it names:" if wrong else ""
+    about = f"{claim} {len(kept)} of its {count} classes, in bold and colour, are among the largest of the other "
+    about += "classes shown but not among those of its own."
     figure.set_caption(
         f"{outputs.description}; picture {int(outputs.index[row])} of class {shorten(names[label])} has its largest "
-        f"logits for {best}. {claim}{len(kept)} of its {count} classes, in bold and colour, are among the largest "
-        "of the other classes shown but not among those of its own.",
+        f"logits for {best}.{about if kept else ''}",
     )
     return figure
 

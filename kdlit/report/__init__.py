@@ -12,6 +12,7 @@ To rebuild the networks the code is run that the config of the run names: make r
 from __future__ import annotations
 
 import argparse
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -64,6 +65,11 @@ def _write(options: argparse.Namespace) -> Path:
     path: Path = options.output or (runs[0].path if len(runs) == 1 else Path()) / "report.html"
     if path.is_dir():
         raise ValueError(f"--output: {path} is a folder; name a file in it")
+    existing = next(one for one in path.absolute().parents if one.exists())
+    if not existing.is_dir():
+        raise ValueError(f"--output: {existing} is a file, not a folder")
+    if not os.access(existing, os.W_OK | os.X_OK):
+        raise ValueError(f"--output: no permission to write in {existing}")
     from kdlit.files import write_whole
 
     columns = TextColumn("{task.description}", markup=False), BarColumn(), TimeElapsedColumn()
@@ -80,5 +86,5 @@ def _write(options: argparse.Namespace) -> Path:
             without_networks=options.without_networks,
             step=step,
         )
-    write_whole(path, lambda file: file.write(page.encode()))
+    write_whole(path, lambda file: file.write(page.encode("utf-8", "replace")))
     return path

@@ -159,8 +159,11 @@ def measure(run: Run, key: str, split: str | None, examples: int, step: Callable
         "figures": lambda: _figures(found, outputs, key),
         "beta": lambda: _beta(found, module, data, key),
     }
+    if not examples:
+        del parts["example pictures"]
     if not found.has_teacher:
-        del parts["figures"], parts["example pictures"], parts["beta"]
+        parts.pop("example pictures", None)
+        del parts["figures"], parts["beta"]
         found.missing.append("The run has no teacher, so there is nothing to compare the student with.")
     for name, part in parts.items():
         step(f"drawing {name}")
@@ -358,7 +361,7 @@ def _examples(found: Measured, outputs: Outputs, data: L.LightningDataModule, mo
 def _images(data: L.LightningDataModule, outputs: Outputs, rows: list[int]) -> dict[int, Markup]:
     """The pictures of some rows as the student saw them, fetched in a second pass."""
     from kdlit.data import SplitDataModule
-    from kdlit.modules.base import as_batch
+    from kdlit.figures.outputs import as_given
 
     index = outputs.index[rows].tolist()
     pictures: dict[int, Any] = {}  # by position in the data
@@ -375,14 +378,16 @@ def _images(data: L.LightningDataModule, outputs: Outputs, rows: list[int]) -> d
         if outputs.split == "train":
             raise ValueError("the data module shuffles its training pictures, so they cannot be found again")
         loaders = getattr(data, f"{outputs.split}_dataloader")()
-        at, wanted = 0, set(index)
+        at, wanted = 0, dict(zip(index, outputs.target[rows].tolist(), strict=True))
         for loader in loaders if isinstance(loaders, (list, tuple)) else [loaders]:
             for given in loader:
-                batch = as_batch(given)
+                batch = as_given(data, given)
                 places = batch["index"].tolist() if "index" in batch else range(at, at + len(batch["image"]))
-                pictures |= {
-                    place: image.cpu() for place, image in zip(places, batch["image"], strict=True) if place in wanted
-                }
+                for place, image, target in zip(places, batch["image"], batch["target"].tolist(), strict=True):
+                    if wanted.get(place, target) != target:
+                        raise ValueError("the data module gives its pictures in another order each time")
+                    if place in wanted:
+                        pictures[place] = image.cpu()
                 at += len(batch["image"])
                 if len(pictures) == len(wanted):
                     break

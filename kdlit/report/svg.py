@@ -22,7 +22,7 @@ SERIES = tuple(f"#01030{number}" for number in range(1, 9))
 _VARIABLES = {INK: "ink", MUTED: "muted", GRID: "grid"} | {SERIES[i]: f"s{i + 1}" for i in range(len(SERIES))}
 _BLACK = {"#000000": "ink", "#262626": "ink"}  # what others draw text and axes in
 _FONT = "var(--sans)"
-_FORBIDDEN = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\ufffe\uffff]")  # in XML, not in names of classes
+_FORBIDDEN = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\ud800-\udfff\ufffe\uffff]")  # in XML, not in names of classes
 _LARGEST_SVG = 300_000  # bytes; a heat map of many cells, say, is smaller as a picture
 _STYLE = {
     "font.size": 10,

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import io
 import json
+import re
 import shutil
 import sys
 import zipfile
@@ -160,7 +162,8 @@ def test_every_format_gives_the_logits_of_the_student(export, pictures, tmp_path
     session = onnxruntime.InferenceSession(out / "student.onnx", providers=["CPUExecutionProvider"])
     program = torch.export.load(out / "student.pt2").module()
     for size in (1, 2, 5, 40):
-        torch.testing.assert_close(program(image[:size]), logits[:size])
+        found = torch.from_numpy(program(image[:size]).numpy())  # the logits carry no graph
+        torch.testing.assert_close(found, logits[:size])
         (found,) = session.run(["logits"], {"image": image[:size].numpy()})
         torch.testing.assert_close(torch.from_numpy(found), logits[:size], rtol=1e-4, atol=1e-5)
     assert session.get_inputs()[0].shape == ["batch", 3, 8, 8]
@@ -262,7 +265,16 @@ def test_the_best_checkpoint_says_by_what_it_was_chosen(export, folder, tmp_path
 
 
 def test_students_that_taught_each_other(export, folder, tmp_path):
-    output, status = export("mutual", "--format=state_dict,torch_export")
+    run = tmp_path / "mutual"
+    shutil.copytree(folder / "mutual", run)
+    (run / "metrics.csv").write_text(
+        "epoch,step,train/loss,val/top1,val/small/top1,val/large/top1\n0,9,1,0.25,0.25,0.5\n"
+    )
+    for stem, stage in (("test", "test"), ("validate", "val")):
+        figures = {f"{stage}/top1": 0.125, f"{stage}/top5": 0.75, f"{stage}/large/top1": 0.375}
+        measured = {"checkpoint": "checkpoints/last.ckpt", "epochs": 1, **figures}
+        (run / f"{stem}.json").write_text(json.dumps(measured))
+    output, status = export(run, "--format=state_dict,torch_export")
     assert status == 0, output
     out = tmp_path / "out"
     assert {path.name for path in out.iterdir()} == {
@@ -273,7 +285,18 @@ def test_students_that_taught_each_other(export, folder, tmp_path):
         "class_path": "artefacts_own.Wrapped",
         "init_args": {"num_classes": 5, "width": 12},
     }
-    assert [row["name"] for row in peer["comparison"]["rows"]] == ["student", "student_large.pt2"]
+    assert peer["accuracy"] == {
+        "logged in training": {"val/top1": 0.5},
+        "kdlit test": {"test/top1": 0.375},
+        "kdlit validate": {"val/top1": 0.375},
+    }
+    assert json.loads((out / "student.json").read_text())["accuracy"] == {
+        "logged in training": {"val/top1": 0.25, "val/small/top1": 0.25},
+        "kdlit test": {"test/top1": 0.125, "test/top5": 0.75},
+        "kdlit validate": {"val/top1": 0.125, "val/top5": 0.75},
+    }
+    assert [row["name"] for row in peer["comparison"]["rows"]] == ["student_large", "student_large.pt2"]
+    assert re.findall(r"^ *(student\w*) +torch ", output, re.M) == ["student", "student_large"]
     assert peer["files"]["student_large.pt2"]["parity"]["split"] == "test"  # nothing is held out
     assert torch.export.load(out / "student_large.pt2").module()(torch.zeros(3, 3, 8, 8)).shape == (3, 5)
 
@@ -285,6 +308,19 @@ def test_each_of_several_students_has_its_folder(export, tmp_path):
     assert not torch.equal(weights[0]["fc.weight"], weights[1]["fc.weight"])
     assert json.loads((tmp_path / "out" / "b" / "student.json").read_text())["teacher"] is None
     assert "teacher" not in output
+
+
+def test_a_checkpoint_of_another_run_gets_no_figures_of_this(export, folder, tmp_path):
+    other = folder / "several" / "b" / "checkpoints" / "last.ckpt"
+    output, status = export("several/a", "--checkpoint=several/b/checkpoints/last.ckpt")
+    assert status == 0, output
+    assert (
+        "kdlit: warning: several/b/checkpoints/last.ckpt is not of several/a/checkpoints, so the figures of several/a "
+        "are left out\n" in output
+    )
+    about = json.loads((tmp_path / "out" / "student.json").read_text())
+    assert about["checkpoint"]["file"] == str(other.resolve())
+    assert about["accuracy"] == {}
 
 
 def with_student(folder, tmp_path, student, **trainer):
@@ -336,6 +372,32 @@ def test_mistakes_end_in_one_clear_line(export, folder, tmp_path, monkeypatch):
     shutil.copy(folder / "one" / "config.yaml", bare)
     assert said(bare).endswith("bare has no checkpoint in checkpoints/; train it first")
     assert not (tmp_path / "out").exists()
+
+
+def test_a_folder_that_cannot_be_written_into_is_refused_before_any_work(export, tmp_path, monkeypatch):
+    def said(output):
+        printed, status = export("one", output=output)
+        assert status == 2
+        return printed  # nothing but the mistake: no work was done
+
+    file = tmp_path / "file"
+    file.touch()
+    assert said(file) == f"kdlit: error: --output: {file} is a file; name a folder\n"
+    assert (
+        said(file / "a" / "b")
+        == f"kdlit: error: cannot write into {file}/a/b: Not a directory; name another folder by --output\n"
+    )
+
+    def refuse(**_):
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    monkeypatch.setattr("kdlit.artefacts.export.tempfile.TemporaryDirectory", refuse)
+    new = tmp_path / "new"
+    assert (
+        said(new / "out")
+        == f"kdlit: error: cannot write into {new}/out: Read-only file system; name another folder by --output\n"
+    )
+    assert not new.exists()
 
 
 def test_the_pictures_may_have_moved(export, folder, tmp_path, monkeypatch):
@@ -403,3 +465,16 @@ def test_times_are_medians_of_runs_by_turns(monkeypatch):
     assert measure_times(rows, [1, 8], seconds=0.1) == {1: 23, 8: 5}
     assert turns[4:8] == ["a", "b", "a", "b"]
     assert [[round(ms, 6) for ms in row.milliseconds.values()] for row in rows] == [[1, 1], [3, 3]]
+
+
+def test_small_ratios_are_printed_to_three_digits(capsys):
+    from kdlit.artefacts.cost import Row, print_comparison
+
+    costs = {"teacher": (1, 2_000, 0.5, 3.0), "student": (300, 1_000, 0.004, 9.0)}
+    rows = [
+        Row(name, "torch", torch.nn.Identity(), torch.zeros(1), size, None, count, products, {1: time})
+        for name, (count, products, size, time) in costs.items()
+    ]
+    print_comparison(rows, {1: 5}, "val", 4)
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if "teacher / student" in line]
+    assert line.split()[3:] == ["0.00333", "2", "125", "0.333"]

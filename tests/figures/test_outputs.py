@@ -80,6 +80,15 @@ def test_any_data_module_is_shown_in_order(kind):
     assert (outputs.description, outputs.class_names[4]) == ("30 test pictures", "4")
 
 
+def test_what_a_data_module_does_to_a_batch_on_its_way_is_done():
+    class Doubling(Plain):
+        def on_after_batch_transfer(self, batch, dataloader_idx):
+            return 2 * batch[0], batch[1]
+
+    said = outputs_of(Echo(), Echo(), Doubling(), pictures=None)
+    assert said.students["student"].logits[:, 0].tolist() == list(range(0, 60, 2))
+
+
 def test_some_pictures_are_drawn_from_all_of_them_and_are_always_the_same():
     first, again = (outputs_of(Echo(), Echo(), Plain(), pictures=12) for _ in range(2))
     assert first.index.equal(again.index)

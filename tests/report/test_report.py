@@ -102,7 +102,7 @@ def test_a_hostile_run_gives_a_page_that_is_whole_and_asks_for_nothing(tmp_path,
     class Hostile(TinyData):
         def load(self):
             pictures = super().load()
-            self.class_names = [HOSTILE, "</style>", "$_{", "a\nb\x00", "-->"]
+            self.class_names = [HOSTILE, "</style>", "$_{", "a\nb\x00", "-->\udce9"]
             return pictures
 
     networks(data=Hostile())
@@ -243,6 +243,21 @@ def test_networks_without_teacher_or_with_data_of_any_kind(tmp_path, networks):
     read, html = page(folder, without_networks=False, pictures=2)
     assert "Worst classes, on 20 test pictures" in read.headings
     assert '<img class="crisp"' in html
+    read, _ = page(folder, without_networks=False, pictures=0)
+    assert not any("judge differently" in heading for heading in read.headings)
+
+    class Shuffled(Own):
+        passes = 0
+
+        def test_dataloader(self):
+            self.passes += 1
+            generator = torch.Generator().manual_seed(self.passes)
+            image, target = torch.randn(20, 3, 8, 8), torch.arange(20) % 5
+            return DataLoader(TensorDataset(image, target), batch_size=8, shuffle=True, generator=generator)
+
+    networks(data=Shuffled())
+    read, _ = page(folder, without_networks=False, pictures=8)
+    assert "in another order each time" in read.words
 
 
 def test_several_runs_stand_side_by_side(tmp_path):
@@ -294,7 +309,8 @@ def test_the_command_writes_beside_the_run_and_replaces_what_was_there(tmp_path,
     main(["one", "two", "--without_networks"])
     assert "2 runs" in Path("report.html").read_text()
     assert f"Report: {folder / 'report.html'}" in capsys.readouterr().out
-    for wrong in (["nowhere"], ["one", "--output", "two"], ["one", "--pictures=-1"]):
+    for wrong in (["nowhere"], ["one", "--output", "two"], ["one", "--pictures=-1"],
+                  ["one", "--output", "report.html/page.html"]):  # fmt: skip
         with pytest.raises(SystemExit) as stop:
             main([*wrong, "--without_networks"])
         assert stop.value.code == 2
