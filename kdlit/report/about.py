@@ -331,6 +331,13 @@ def _results(about: Summary, results: Mapping[str, Mapping[str, Any]]) -> None:
             about.warnings.append(
                 Warned(f"The test figures are of epoch {test.get('epochs', 'unknown')}; {about.epochs} are logged.")
             )
+        limit = test.get("limit_batches")
+        if limit is not None and (isinstance(limit, int) or limit != 1.0):  # 1 is one batch, 1.0 all
+            about.warnings.append(
+                Warned(f"The test figures are of a part of the pictures: limit_test_batches {limit}.")
+            )
+        if test.get("otherwise"):
+            about.warnings.append(Warned(f"The student was tested otherwise than trained: {test['otherwise']}."))
     if series.get("val/top1") and len(series["val/top1"]) > 1:
         about.warnings.append(
             Warned(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import json
 import re
 import subprocess
 import sys
@@ -154,6 +155,22 @@ def test_what_makes_figures_doubtful_is_said(tmp_path):
         "best epoch was chosen on the validation pictures",
     ):
         assert words in read.words
+
+
+def test_a_test_of_other_pictures_is_said(tmp_path):
+    test = {
+        "checkpoint": "last.ckpt",
+        "epochs": 3,
+        "test/top1": 0.5,
+        "limit_batches": 1,
+        "otherwise": "data.mean 0 -> 1",
+    }
+    read, _ = page(write_run(tmp_path / "run", test__json=json.dumps(test)))
+    assert "of a part of the pictures: limit_test_batches 1." in read.words
+    assert "The student was tested otherwise than trained: data.mean 0" in read.words
+    read, _ = page(write_run(tmp_path / "all", test__json=json.dumps(test | {"limit_batches": 1.0, "otherwise": ""})))
+    assert "a part of the pictures" not in read.words
+    assert "otherwise than trained" not in read.words
 
 
 def test_a_run_that_is_as_it_should_be_is_not_warned_of(tmp_path):
