@@ -19,6 +19,12 @@ from kdlit.callbacks.throughput import without_times
 from kdlit.data import PictureDataModule, Pictures
 
 SHARED = Path(__file__).parents[2] / "shared"
+LONG = ("test_notebooks.py", "test_runs.py", "test_real_photographs.py")  # minutes each
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Begin with the longest files, so that no process waits for another at the end."""
+    items.sort(key=lambda item: item.path.name not in LONG)
 
 
 @pytest.fixture(autouse=True)
