@@ -313,7 +313,7 @@ class KdlitCLI(LightningCLI):
     def _save_figures(self) -> None:
         figures = {name: float(value) for name, value in self.trainer.callback_metrics.items()}
         checkpoint = self.config[self.subcommand].ckpt_path
-        epochs = _epochs(checkpoint) if checkpoint else None
+        epochs = epochs_of(checkpoint) if checkpoint else None
         batches = "limit_test_batches" if self.subcommand == "test" else "limit_val_batches"
         about = {"checkpoint": checkpoint, "epochs": epochs, "otherwise": self._otherwise}
         about["limit_batches"] = self.config[self.subcommand].trainer[batches]
@@ -360,7 +360,7 @@ def rebuilt(run_dir: Path, more: Sequence[str] = ()) -> tuple[DistillationModule
     except SystemExit:  # the parser has said why
         raise ValueError(f"{run_dir / 'config.yaml'} cannot be used any more, for the reason above") from None
     module = cast("DistillationModule", cli.model)
-    content = load_whole(checkpoint)
+    content = torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True)  # it has been found whole
     module.on_load_checkpoint(content)
     module.load_state_dict(content["state_dict"])
     return module.eval(), cli.datamodule
@@ -419,8 +419,12 @@ def _is_whole(path: Path) -> bool:
     return True
 
 
-def _epochs(checkpoint: str) -> int:
-    """How many whole epochs the student of a checkpoint was trained for."""
+def epochs_of(checkpoint: str) -> int:
+    """How many whole epochs the student of a checkpoint was trained for.
+
+    Args:
+        checkpoint: its file.
+    """
     content = torch.load(checkpoint, weights_only=True, mmap=True)
     loops = content["loops"]["fit_loop"]
     epoch = loops["epoch_progress"]["current"]

@@ -66,7 +66,7 @@ ALLOWED = {
         "kdlit.runs",
         "kdlit.types",
     },
-    "scoreboard": {"yaml", "rich", "scipy", "kdlit.files", "kdlit.runs"},
+    "scoreboard": {"yaml", "rich", "scipy", "kdlit.command_files", "kdlit.files", "kdlit.runs"},
 }
 STANDARD = __import__("sys").stdlib_module_names | {"typing_extensions"}
 

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import platform
 import statistics
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +13,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from kdlit.artefacts.formats import Predict
+from kdlit.benchmark.measure import cpu_name
 
 _FEWEST, _MOST = 5, 200  # rounds of time measurement
 
@@ -98,16 +97,7 @@ def measure_times(rows: Sequence[Row], batch_sizes: Sequence[int], seconds: floa
 
 def machine() -> dict[str, str | int]:
     """What the times were measured on."""
-    return {"cpu": _cpu(), "threads": torch.get_num_threads(), "torch": torch.__version__}
-
-
-def _cpu() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        lines = []
-    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    return next(names, "") or platform.processor() or platform.machine()
+    return {"cpu": cpu_name(), "threads": torch.get_num_threads(), "torch": torch.__version__}
 
 
 def print_comparison(rows: Sequence[Row], rounds: Mapping[int, int], split: str, pictures: int) -> None:

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 import kdlit
-from kdlit.cli import _epochs
+from kdlit.cli import epochs_of
 from kdlit.data.inputs import NetworkInput
 from kdlit.files import load_whole
 from kdlit.fingerprint import of_network
@@ -67,7 +67,7 @@ def choose(run: Run, wanted: str) -> Chosen:
     if "epoch" not in content or "loops" not in content:
         raise ValueError(f"{path} is not a checkpoint of a run, such as checkpoints/last.ckpt in its folder")
     own = path.resolve().parent == folder.resolve()
-    return Chosen(path, content, _epochs(str(path)), _why(path, content, wanted), own)
+    return Chosen(path, content, epochs_of(str(path)), _why(path, content, wanted), own)
 
 
 def _read(path: Path, others: str) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from torch import Tensor
 from kdlit.artefacts.formats import ExportError, Predict
 from kdlit.data import SplitDataModule
 from kdlit.data.inputs import NetworkInput
-from kdlit.modules.base import as_batch
+from kdlit.modules.base import as_given
 
 TOLERANCE = 1e-4  # of the largest logit: float32 in another order of sums differs by 1e-6
 
@@ -66,7 +66,7 @@ def _gather(data: L.LightningDataModule, count: int) -> tuple[str, list[Any]]:
         batches: list[Any] = []
         found = 0
         for batch in _batches(data, split, count):
-            batches.append(as_batch(data.on_after_batch_transfer(data.on_before_batch_transfer(batch, 0), 0)))
+            batches.append(as_given(data, batch))
             found += len(batches[-1]["image"])
             if found >= count:
                 break

@@ -109,17 +109,22 @@ def peak_bytes(run: Callable[[], object], device: torch.device) -> int:
 
 def machine(device: str, threads: int) -> dict[str, Any]:
     """What the figures were measured on."""
-    cpuinfo = Path("/proc/cpuinfo")
-    model = re.search(r"model name\s*: (.*)", cpuinfo.read_text()) if cpuinfo.exists() else None
     on_gpu = torch.device(device).type == "cuda" and torch.cuda.is_available()
     return {
         "device": torch.cuda.get_device_name(device) if on_gpu else "CPU",
-        "cpu": model[1] if model else platform.processor(),
+        "cpu": cpu_name(),
         "instructions": torch.backends.cpu.get_cpu_capability(),
         "threads": threads,
         "torch": torch.__version__,
         "python": platform.python_version(),
     }
+
+
+def cpu_name() -> str:
+    """What the processor calls itself, as far as the system tells."""
+    cpuinfo = Path("/proc/cpuinfo")
+    model = re.search(r"model name\s*: (.*)", cpuinfo.read_text()) if cpuinfo.exists() else None
+    return model[1] if model else platform.processor() or platform.machine()
 
 
 def heading(result: Mapping[str, Any], text: str) -> str:

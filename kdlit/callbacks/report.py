@@ -79,9 +79,8 @@ class Progress(RichProgressBar):
         if self.is_enabled or not trainer.is_global_zero or not is_due or not done:
             return
         self._told = time.monotonic()
-        epochs = f"/{trainer.max_epochs}" if (trainer.max_epochs or -1) > 0 else ""
         told = "  ".join(f"{name} {value}" for name, value in self.get_metrics(trainer, pl_module).items())
-        self.console.print(f"epoch {done}{epochs}  {told}", soft_wrap=True, highlight=False)
+        self.console.print(f"epoch {done}{_of_epochs(trainer)}  {told}", soft_wrap=True, highlight=False)
 
     def get_metrics(self, trainer: L.Trainer, pl_module: L.LightningModule) -> dict[str, Any]:
         """What is shown besides the epoch, by name, in the order in which it is shown."""
@@ -107,8 +106,8 @@ class Progress(RichProgressBar):
                 told[key] = others[key]
         callbacks: list[L.Callback] = cast("Any", trainer).callbacks
         speed = next((one.images_per_s for one in callbacks if isinstance(one, Throughput)), None)
-        if not self.is_enabled and "train/images_per_s" in trainer.callback_metrics:
-            speed = float(trainer.callback_metrics["train/images_per_s"])
+        if not self.is_enabled and "train/images_per_s" in known:
+            speed = float(known["train/images_per_s"])
         if speed is not None:
             told["images/s"] = f"{speed:,.0f}"
         if left := self._seconds_left(trainer):
@@ -117,8 +116,7 @@ class Progress(RichProgressBar):
 
     def _get_train_description(self, current_epoch: int) -> str:
         """Epochs counted from 1, as in the lines."""
-        epochs = f"/{self.trainer.max_epochs}" if (self.trainer.max_epochs or -1) > 0 else ""
-        return f"Epoch {current_epoch + 1}{epochs}"
+        return f"Epoch {current_epoch + 1}{_of_epochs(self.trainer)}"
 
     def _seconds_left(self, trainer: L.Trainer) -> float | None:
         """Of the whole run, validation included, as far as that can be told."""
@@ -129,6 +127,10 @@ class Progress(RichProgressBar):
         if done <= first or not math.isfinite(whole):
             return None
         return (time.monotonic() - began) / (done - first) * max(whole - done, 0)
+
+
+def _of_epochs(trainer: L.Trainer) -> str:
+    return f"/{trainer.max_epochs}" if (trainer.max_epochs or -1) > 0 else ""
 
 
 def _batches_done(trainer: L.Trainer) -> int:

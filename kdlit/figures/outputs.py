@@ -18,7 +18,7 @@ from kdlit.figures.style import CaptionedFigure
 from kdlit.losses.functional import check_logits, check_target, widened
 from kdlit.models.features import FeatureTap, dry_run, eval_mode
 from kdlit.models.layers import feature_layers
-from kdlit.modules.base import as_batch
+from kdlit.modules.base import as_given
 from kdlit.modules.networks import logits_of
 from kdlit.types import Batch
 
@@ -302,16 +302,6 @@ def _loaded(data: L.LightningDataModule, split: str, pictures: int | None) -> tu
         wanted = torch.zeros(available, dtype=torch.bool)
         wanted[torch.randperm(available, generator=draw)[:pictures]] = True
     return available, _chosen((as_given(data, batch) for loader in loaders for batch in loader), wanted, pictures)
-
-
-def as_given(data: L.LightningDataModule, batch: Any) -> Batch:
-    """A batch of a loader as the networks get it, after what the data module does to it on its way.
-
-    Args:
-        data: the pictures.
-        batch: what its loader gave.
-    """
-    return as_batch(data.on_after_batch_transfer(data.on_before_batch_transfer(batch, 0), 0))
 
 
 def _size(loader: Any) -> int | None:

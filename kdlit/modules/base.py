@@ -619,6 +619,16 @@ def as_batch(batch: Any) -> Batch:
     )
 
 
+def as_given(data: L.LightningDataModule, batch: Any) -> Batch:
+    """A batch of a loader as the networks get it, after what the data module does to it on its way.
+
+    Args:
+        data: the pictures.
+        batch: what its loader gave.
+    """
+    return as_batch(data.on_after_batch_transfer(data.on_before_batch_transfer(batch, 0), 0))
+
+
 def run_loss(name: str, term: WeightedLoss, student: ModelOutput, teacher: ModelOutput, batch: Batch) -> Tensor:
     """Return the raw value of one term.
 

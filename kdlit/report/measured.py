@@ -361,7 +361,7 @@ def _examples(found: Measured, outputs: Outputs, data: L.LightningDataModule, mo
 def _images(data: L.LightningDataModule, outputs: Outputs, rows: list[int]) -> dict[int, Markup]:
     """The pictures of some rows as the student saw them, fetched in a second pass."""
     from kdlit.data import SplitDataModule
-    from kdlit.figures.outputs import as_given
+    from kdlit.modules.base import as_given
 
     index = outputs.index[rows].tolist()
     pictures: dict[int, Any] = {}  # by position in the data

@@ -6,6 +6,8 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+from kdlit.command_files import flat
+
 # What is watched, kept and where it runs, none of which changes what a run computes. The seed is told apart by itself.
 _FREE = (
     *("seed_everything", "config", "run_dir", "ckpt_path", "accept_changes", "weights_only", "torch_threads"),
@@ -56,7 +58,7 @@ def settings_of(config: Mapping[str, Any], record: Mapping[str, Any] | None = No
         model["losses"] = _terms(model["losses"])
     if isinstance(trainer := simple.get("trainer"), dict) and (callbacks := _acting(trainer.pop("callbacks", None))):
         trainer["callbacks"] = callbacks
-    settings = {key: value for key, value in _flat(simple).items() if not _lies_in(key, _FREE)}
+    settings: dict[str, Any] = {key: value for key, value in flat(simple).items() if not _lies_in(key, _FREE)}
     of_losses = re.compile(rf"{re.escape(LOSSES)}\..*\.class$")  # which their names tell
     settings = {key: value for key, value in settings.items() if not of_losses.match(key)}
     record = record or {}
@@ -114,7 +116,7 @@ def _terms(losses: Mapping[str, Any]) -> dict[str, Any]:
         whole = term if term.get("class", "WeightedLoss") == "WeightedLoss" else {"loss": term}
         whole = {"weight": 1.0, "warmup_epochs": 0} | {key: one for key, one in whole.items() if key != "class"}
         if whole["weight"] != 0:
-            named.append((_chain(whole["loss"]), str(sorted(map(str, _flat(whole).items()))), whole))
+            named.append((_chain(whole["loss"]), str(sorted(map(str, flat(whole).items()))), whole))
     for name, _, whole in sorted(named, key=lambda one: one[:2]):
         place, count = name, 1
         while place in terms:
@@ -136,12 +138,6 @@ def _chain(loss: Any) -> str:
 def _acting(callbacks: Any) -> list[Any]:
     given = callbacks if isinstance(callbacks, list) else [callbacks] if callbacks else []
     return [one for one in given if not isinstance(one, dict) or not _WATCHERS.match(str(one.get("class")))]
-
-
-def _flat(value: Any, key: str = "") -> dict[str, Any]:
-    if not isinstance(value, dict) or not value:
-        return {key: value}
-    return {path: leaf for name in value for path, leaf in _flat(value[name], f"{key}.{name}".lstrip(".")).items()}
 
 
 def _lies_in(key: str, places: tuple[str, ...]) -> bool:
