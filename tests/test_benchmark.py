@@ -326,17 +326,21 @@ def test_union_of_spans():
     assert gpu.union([]) == 0
 
 
-def test_logging_sets_every_state_against_nothing(capsys, monkeypatch):
-    states = []
-    distil = logs._Alternating.distil
-    monkeypatch.setattr(logs._Alternating, "distil", lambda self, *args: states.append(self.state) or distil(self, *args))  # fmt: skip
-    rows = run(capsys, "logging --step_ms 0.5 --steps 12 --rounds 1")["states"]
-    assert list(rows) == [*logs.STATES, "end of an epoch, log file"]
-    assert rows["nothing"]["added_ms"] == 0
-    for name in logs.STATES[1:]:
-        assert rows[name]["added_ms"] == pytest.approx(rows[name]["step_ms"] - rows["nothing"]["step_ms"])
-        assert rows[name]["added_share"] == pytest.approx(rows[name]["added_ms"] / 0.5)
-    assert set(states) == set(logs.STATES)
+def test_logging_adds_up_what_it_takes(capsys):
+    result = run(capsys, "logging --step_ms 0.5 --steps 12 --rounds 2 --log_every_n_steps 4")
+    *parts, together = result["parts"].values()
+    assert [*result["parts"]] == [*logs.PARTS, "all of it"]
+    assert [row["calls"] for row in parts] == [12, 3, 24, 14, 4], "none is missed and none counted twice"
+    for epoch in range(2):
+        assert together["step_us"][epoch] == pytest.approx(sum(row["step_us"][epoch] for row in parts))
+        assert together["share"][epoch] == pytest.approx(together["step_us"][epoch] / 500)
+    assert all(value > 0 for row in parts[:2] for value in row["step_us"])
+
+
+def test_logging_leaves_everything_as_it_was():
+    before = {(owner, name): getattr(owner, name) for methods in logs.PARTS.values() for owner, name in methods}
+    logs.measure(0.1, 3, 1, 1)
+    assert before == {(owner, name): getattr(owner, name) for owner, name in before}
 
 
 def test_loader_compares_two_pipelines(capsys):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import sys
 import time
 from collections.abc import Mapping
@@ -10,10 +9,12 @@ from typing import Any, cast
 
 import lightning as L
 import torch
+from torch import Tensor
 
 from kdlit.modules import DistillationModule, ManyStudents
 from kdlit.modules.base import as_batch
 from kdlit.modules.clock import StepClock
+from kdlit.modules.epoch_log import log_epoch
 
 try:
     import resource
@@ -44,16 +45,18 @@ class Throughput(L.Callback):
         self._step_ended = 0.0
         self._left_out = 0.0  # seconds of the epoch
         self._pictures = 0
+        self._processes = 1
         self._waited, self._steps = 0.0, 0  # for batches
 
     @property
     def images_per_s(self) -> float | None:
         """Those of this epoch so far; None before the first step."""
         spent = time.perf_counter() - self._epoch_began - self._left_out
-        return self._pictures / spent if self._pictures else None
+        return self._pictures * self._processes / spent if self._pictures else None
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Give all modules one clock."""
+        self._processes = trainer.world_size
         students = pl_module.students.values() if isinstance(pl_module, ManyStudents) else [pl_module]
         for module in students:
             if isinstance(module, DistillationModule):
@@ -72,9 +75,10 @@ class Throughput(L.Callback):
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        """Begin to time a step, now and then."""
+        """Count the pictures, and begin to time a step, now and then."""
         self._waited += time.perf_counter() - self._step_ended
         self._steps += 1
+        self._pictures += _size(batch)
         every: int = cast("Any", trainer).log_every_n_steps
         if every and batch_idx % every == 0:
             self._clock.start(trainer.strategy.root_device)
@@ -82,9 +86,7 @@ class Throughput(L.Callback):
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Count the pictures."""
-        with contextlib.suppress(TypeError):  # pictures in a form that a step of the user's own knows are not counted
-            self._pictures += len(as_batch(batch)["image"]) * trainer.world_size
+        """Time no further."""
         self._clock.mark("update")
         self._clock.stop()
         self._step_ended = time.perf_counter()
@@ -106,7 +108,16 @@ class Throughput(L.Callback):
             figures["train/images_per_s"] = speed
         if memory := peak_memory(trainer.strategy.root_device):
             figures["train/peak_memory_mb"] = memory / 1e6
-        pl_module.log_dict(figures, rank_zero_only=True)
+        log_epoch(trainer, figures)
+
+
+def _size(batch: Any) -> int:
+    """Pictures in a batch; those in a form that a step of the user's own knows are not counted."""
+    try:
+        image: Any = as_batch(batch)["image"]
+        return image.shape[0] if isinstance(image, Tensor) else len(image)  # len of a tensor takes ten times as long
+    except TypeError:
+        return 0
 
 
 def without_times(figures: Mapping[str, Any]) -> dict[str, Any]:

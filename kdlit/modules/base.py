@@ -20,6 +20,7 @@ from kdlit.losses import DistillationLoss, WeightedLoss
 from kdlit.losses.functional import widened
 from kdlit.models.features import FeatureTap, dry_run
 from kdlit.modules.clock import StepClock
+from kdlit.modules.epoch_log import log_epoch
 from kdlit.modules.finite import FiniteWatch, NonFinite, NonFiniteError, TeacherDoubt
 from kdlit.modules.means import RunningMeans
 from kdlit.modules.networks import check_image, logits_of, run_network
@@ -100,6 +101,7 @@ class DistillationModule(L.LightningModule):
         self.step_terms: dict[str, Tensor] = {}  # the weighted terms of a step that is under way, with their graph
         self.shown: dict[str, float] = {}  # what was logged of the step that was last looked at
         self.clock = StepClock()
+        self.prefix = ""  # of the names of training figures, where there are several students
 
         if teacher is not None and {id(p) for p in student.parameters()} & {id(p) for p in teacher.parameters()}:
             raise ValueError("student and teacher share parameters; give the teacher its own copy (copy.deepcopy)")
@@ -136,6 +138,13 @@ class DistillationModule(L.LightningModule):
             own = teacher_input_size is not None
             self._frozen_teacher = FrozenTeacher(teacher, layers, self.performance, teacher_example, own)
             self._frozen_teacher.prepare()
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Like its base, but quick about the name of the hook at work, which Lightning sets some 40 times a step."""
+        if name == "_current_fx_name":
+            self.__dict__[name] = value
+        else:
+            super().__setattr__(name, value)
 
     def _terms(self) -> dict[str, WeightedLoss]:
         return cast("dict[str, WeightedLoss]", dict(self.losses.items()))
@@ -276,12 +285,19 @@ class DistillationModule(L.LightningModule):
                 "student.logits or student.features, without detach or no_grad"
             )
         seen = student.detach()
-        figures = {f"train/loss/{name}": value for name, value in figures.items()}
-        figures = {"train/loss": objective.detach(), **figures, **self.watch(seen, batch)}
-        self.means["train"].add(figures, len(batch["image"]))
+        figures = self._note(objective.detach(), figures, seen, batch)
         teacher = cast("ModelOutput", None) if teacher is None else teacher.detach()
         self._outputs = seen, teacher, batch
         return {"loss": objective, "batch": batch, "student": seen, "teacher": teacher, "figures": figures}
+
+    def _note(
+        self, objective: Tensor, terms: Mapping[str, Tensor], student: ModelOutput, batch: Batch
+    ) -> dict[str, Tensor]:
+        """Count what is logged of a step; return it by name."""
+        figures = {"train/loss": objective, **{f"train/loss/{name}": value for name, value in terms.items()}}
+        figures |= self.watch(student, batch)
+        self.means["train"].add(figures, batch["image"].shape[0])
+        return figures
 
     def share_of(self, name: str) -> float:
         """What the raw value of a term is multiplied by in the objective of this epoch.
@@ -309,7 +325,7 @@ class DistillationModule(L.LightningModule):
         # The bar reads these after every step, which must not wait for an accelerator.
         means = torch.stack([value.float().mean() for value in outputs["figures"].values()])
         self.shown = dict(zip(outputs["figures"], means.tolist(), strict=True))
-        self.log("loss", self.shown["train/loss"], prog_bar=True, logger=False)
+        self.trainer.progress_bar_metrics[f"{self.prefix}loss"] = self.shown["train/loss"]
         self.finite.look_back(wait=True)
 
     def watch(self, student: ModelOutput, batch: Batch) -> dict[str, Tensor]:
@@ -372,9 +388,19 @@ class DistillationModule(L.LightningModule):
         """
         self.finite.look_back(wait=True)
         self.finite.look_at_weights(_kept(self.state_dict()))
-        self.finite.end_epoch(trained=self._log_figures("train"))
+        figures = self.figures("train")
+        self.finite.end_epoch(trained=bool(figures))
         if self.finite.skipped:
-            self.log("train/skipped", float(self.finite.skipped))
+            figures["train/skipped"] = torch.tensor(float(self.finite.skipped))
+        self.log_epoch(figures)
+
+    def log_epoch(self, figures: Mapping[str, Tensor | float]) -> None:
+        """Log figures of a training epoch, in ``on_train_epoch_end``.
+
+        Args:
+            figures: scalars by name, the same in all processes.
+        """
+        log_epoch(self.trainer, {f"{self.prefix}{name}": value for name, value in figures.items()})
 
     def named_weights(self) -> Iterable[tuple[str, Tensor]]:
         """All parameters but the teacher's, by name."""
@@ -401,12 +427,9 @@ class DistillationModule(L.LightningModule):
         """Log the means over the test pictures."""
         self._log_figures("test")
 
-    def _log_figures(self, stage: str) -> bool:
-        """Log the means of an epoch; return whether there are any."""
-        figures = self.figures(stage)
-        for name, value in figures.items():
+    def _log_figures(self, stage: str) -> None:
+        for name, value in self.figures(stage).items():
             self.log(name, value, prog_bar=name == "val/top1", sync_dist=True)
-        return bool(figures)
 
     def on_train_start(self) -> None:
         """Tell the losses which epoch goes on, where a run is taken up in the middle of one."""

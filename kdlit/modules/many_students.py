@@ -84,6 +84,7 @@ class ManyStudents(L.LightningModule):
         for name, student in students.items():
             self.add_module(_key(name), student)  # as a direct child it gets the trainer from Lightning
             student.log = partial(self._log_of, name)  # type: ignore[method-assign]
+            student.prefix = f"{name}/"
             if student.teacher is not None:
                 ignored += [f"{_key(name)}.teacher.{key}" for key in student.teacher.state_dict()]
         self._ddp_params_and_buffers_to_ignore = ignored

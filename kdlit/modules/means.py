@@ -95,6 +95,7 @@ def _means(values: Sequence[Tensor]) -> Tensor:
     if values[0].ndim == 0:
         stacked = torch.stack(list(values))
         return stacked if stacked.is_floating_point() and stacked.element_size() >= 4 else stacked.float()
-    if len({len(one) for one in values}) == 1:
+    try:
         return torch.stack(list(values)).float().mean(dim=1)
-    return torch.stack([one.float().mean() for one in values])
+    except RuntimeError:  # batches of different sizes
+        return torch.stack([one.float().mean() for one in values])

@@ -193,7 +193,7 @@ class Maps(nn.Conv2d):
 def test_a_network_may_return_an_object_with_logits(trainer):
     fitted = trainer()
     fitted.fit(distil({"kd": KDLoss()}, teacher=WithLogits(), student=WithLogits()), TinyData())
-    assert fitted.callback_metrics["loss"] >= 0
+    assert fitted.callback_metrics["train/loss"] >= 0
 
 
 class NeedsLayer(DistillationLoss):
