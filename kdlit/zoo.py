@@ -20,9 +20,9 @@ from typing import NamedTuple
 import torch
 import torchvision
 from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
 
 from kdlit import models
+from kdlit.models.size import count_multiply_adds, count_parameters
 
 # Nothing is listed twice: a function of kdlit.models that takes num_classes is a network, and its image size follows
 # from that number unless it has one of its own.
@@ -104,18 +104,16 @@ def _measured(part: str) -> Iterator[Network]:
         image_size = options.get("image_size", IMAGE_SIZES.get(num_classes, 32))
         try:
             with torch.device("meta"):
-                network = constructor(num_classes=num_classes).eval().requires_grad_(False)
+                network = constructor(num_classes=num_classes).eval()
         except ImportError:
             continue
-        with FlopCounterMode(display=False) as counter:
-            network(torch.empty(1, 3, image_size, image_size, device="meta"))
         layers = models.feature_layers(network)
         yield Network(
             name,
             image_size,
             num_classes,
-            parameters=sum(parameter.numel() for parameter in network.parameters()),
-            multiply_adds=counter.get_total_flops() // 2,
+            parameters=count_parameters(network),
+            multiply_adds=count_multiply_adds(network, torch.empty(1, 3, image_size, image_size, device="meta")),
             feature_layers=(*layers.maps, layers.pool),
             accuracy=tuple(published.get(name, [])),
         )

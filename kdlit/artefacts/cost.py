@@ -9,8 +9,6 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
 
 from kdlit.artefacts.formats import Predict
 from kdlit.benchmark.measure import cpu_name
@@ -45,23 +43,10 @@ class Row:
     milliseconds: dict[int, float] = field(default_factory=dict)
 
 
-def parameters(network: nn.Module) -> int:
-    """How many a network has."""
-    return sum(parameter.numel() for parameter in network.parameters())
-
-
 def megabytes(network: nn.Module) -> float:
     """What its weights and buffers take, in millions of bytes."""
     tensors: list[Tensor] = list(network.state_dict().values())
     return sum(value.numel() * value.element_size() for value in tensors) / 1e6
-
-
-def multiply_adds(network: nn.Module, image: Tensor) -> int:
-    """Products in convolutions, linear layers and attention for one picture, shape ``(1, C, H, W)``."""
-    # the fused kernels of attention for CPUs are not counted, what they are made of is
-    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-        network(image)
-    return int(counter.get_total_flops()) // 2
 
 
 def measure_times(rows: Sequence[Row], batch_sizes: Sequence[int], seconds: float) -> dict[int, int]:

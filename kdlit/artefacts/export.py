@@ -22,6 +22,7 @@ from kdlit.artefacts.pictures import Shown, check_parity, logits_in_batches, raw
 from kdlit.data.inputs import NetworkInput, Views
 from kdlit.files import WriteError, load_whole, write_whole
 from kdlit.fingerprint import of_network
+from kdlit.models.size import count_multiply_adds, count_parameters
 from kdlit.modules import DistillationModule, MutualLearning
 from kdlit.run_record import write_text
 from kdlit.runs import Run, find_runs
@@ -287,8 +288,8 @@ def _networks(
             image,
             cost.megabytes(network),
             _top1(logits, shown),
-            cost.parameters(network),
-            cost.multiply_adds(network, image[:1]),
+            count_parameters(network),
+            count_multiply_adds(network, image[:1]),
         )
 
 

@@ -15,7 +15,6 @@ from importlib.util import find_spec
 import pytest
 import torch
 import yaml
-from torch import nn
 
 from kdlit.artefacts import main
 from tests.conftest import TinyData, TinyNet
@@ -414,21 +413,6 @@ def test_the_pictures_may_have_moved(export, folder, tmp_path, monkeypatch):
         assert export("one", f"--data.root={moved}")[1] == 0
     finally:
         shutil.move(folder / "elsewhere", folder / "pictures")
-
-
-class Attention(nn.Module):
-    def forward(self, image):
-        tokens = image.flatten(2).mT[:, None]
-        return nn.functional.scaled_dot_product_attention(tokens, tokens, tokens)
-
-
-def test_multiply_adds_are_those_of_the_table_of_networks():
-    from kdlit import models, zoo
-    from kdlit.artefacts.cost import multiply_adds
-
-    (row,) = zoo.model_table("resnet8x4")
-    assert multiply_adds(models.resnet8x4(num_classes=100).eval(), torch.zeros(1, 3, 32, 32)) == row.multiply_adds
-    assert multiply_adds(Attention(), torch.zeros(1, 4, 3, 3)) == 2 * 9 * 9 * 4
 
 
 def test_the_student_of_simkd_can_be_traced(tmp_path):
