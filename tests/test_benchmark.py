@@ -321,6 +321,26 @@ def test_gpu_can_be_tried_out_on_a_cpu(capsys, tiny, monkeypatch, tmp_path):
     assert capsys.readouterr().out.count("\n| ") == 5
 
 
+def test_gpu_goes_on_without_variants_that_fail(capsys, tiny, monkeypatch, tmp_path):
+    epochs = gpu.Fit.epochs
+
+    def choosy(self, *args, **kwargs):
+        if self.module.performance == gpu.VARIANTS["fast"]:
+            raise RuntimeError("no such kernel\nand more")
+        return epochs(self, *args, **kwargs)
+
+    monkeypatch.setattr(gpu.Fit, "epochs", choosy)
+    monkeypatch.setattr(gpu._Profile, "SKIPPED", 1)
+    command = "gpu --device cpu --teacher tiny_teacher --student tiny_student --batch_size 4 --num_samples 20 --num_workers 0 --steps 2 --profiled_steps 2 --rounds 1 --variants"
+    main([*command.split(), "exact", "fast"])
+    told = capsys.readouterr().out
+    assert "| exact |" in told
+    assert "| fast |" not in told
+    assert "fast fails: RuntimeError: no such kernel\n" in told
+    with pytest.raises(SystemExit, match="all variants fail; fast: RuntimeError: no such kernel"):
+        main([*command.split(), "fast"])
+
+
 def test_union_of_spans():
     assert gpu.union([(5, 6), (0, 3), (1, 2), (2, 4)]) == 5
     assert gpu.union([]) == 0

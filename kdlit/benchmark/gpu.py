@@ -118,6 +118,10 @@ def measure(
         name: Fit(make_module(getattr(models, teacher)(), student, method, VARIANTS[name]), data, place)
         for name in variants
     }
+    failed = {name: reason for name, fit in fits.items() if (reason := fit.failure())}
+    fits = {name: fit for name, fit in fits.items() if name not in failed}
+    if not fits:
+        raise ValueError(f"all variants fail; {next(iter(failed))}: {next(iter(failed.values()))}")
     runs: dict[str, Callable[[], float]] = {PLAIN: partial(_plain_rate, plain, batches, steps, batch_size, place)}
     runs |= {name: fit.rate for name, fit in fits.items()}
     rates = interleaved(runs, rounds, warmup=0, title="gpu")
@@ -142,6 +146,7 @@ def measure(
         "num_workers": num_workers,
         "epochs": RUN,
         "variants": rows,
+        "failed": failed,
     }
 
 
@@ -165,7 +170,8 @@ def report(result: Mapping[str, Any]) -> str:
         )
     pair = " -> ".join(result["pair"])
     title = f"{pair}, {result['method']}, batch {result['batch_size']}, plain loop with {result['num_workers']} workers"
-    return heading(result, title) + "\n" + table(columns, rows)
+    failed = "".join(f"\n\n{name} fails: {reason}" for name, reason in result["failed"].items())
+    return heading(result, title) + "\n" + table(columns, rows) + failed
 
 
 @dataclass
@@ -192,6 +198,14 @@ class Fit:
             )
             trainer.fit(self.module, self.data)
         return clock.seconds
+
+    def failure(self) -> str:
+        """Why it cannot be run, if so: compilers are choosy about devices."""
+        try:
+            self.epochs(1, limit_train_batches=3)
+        except RuntimeError as error:
+            return f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"
+        return ""
 
     def rate(self) -> float:
         """Pictures a second in the second epoch of a fit."""

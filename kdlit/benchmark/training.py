@@ -201,6 +201,7 @@ class Training:
             lap: called with ``teacher``, ``student``, ``losses`` or ``optimizer`` when a piece of that part is done.
         """
         self._lap = lap
+        self.module.on_train_batch_start(batch, 1)
         outputs: Any = self.module.training_step(batch, 1)  # step 0 also writes to the progress bar
         lap("losses")
         self.optimizer.zero_grad()

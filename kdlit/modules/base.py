@@ -276,7 +276,7 @@ class DistillationModule(L.LightningModule):
                 value = run_loss(name, term, student, teacher, batch)
                 self.step_terms[name] = self.share_of(name) * value
                 objective = objective + self.step_terms[name]
-                figures[name] = value.detach()
+                figures[name] = self.performance.kept(value)
         self.clock.mark("losses")
         self.finite.end(objective, figures)
         if self.training and torch.is_grad_enabled() and not objective.requires_grad:
@@ -449,6 +449,22 @@ class DistillationModule(L.LightningModule):
         """Move the losses to an epoch, counted from 0."""
         for term in self._terms().values():
             term.on_train_epoch_start(epoch, self.trainer.max_epochs or -1)
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        """Begin a step."""
+        self.performance.begin_step()
+
+    def on_validation_batch_start(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
+        """Likewise."""
+        self.performance.begin_step()
+
+    def on_test_batch_start(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
+        """Likewise."""
+        self.performance.begin_step()
+
+    def on_predict_batch_start(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
+        """Likewise."""
+        self.performance.begin_step()
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Let the losses update their memories."""

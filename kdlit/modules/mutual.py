@@ -163,7 +163,7 @@ class MutualLearning(ClassificationDistillation):
                 value = run_loss(path, term, outputs[name], cast("ModelOutput", detached.get(peer)), batch)
                 self.step_terms[path] = self.share_of(path) * value
                 objectives[name] = objectives[name] + self.step_terms[path]
-                figures[path] = value.detach()
+                figures[path] = self.performance.kept(value)
         self.clock.mark("losses")
         objective = torch.stack(list(objectives.values())).sum()
         self.finite.end(objective, figures)

@@ -12,7 +12,7 @@ from typing import Literal
 import torch
 import torch.nn.functional as F
 from lightning.pytorch.utilities import rank_zero_warn
-from torch import nn
+from torch import Tensor, nn
 
 from kdlit.losses.functional import check_one_of
 
@@ -71,6 +71,15 @@ class Performance:
             check_one_of("compile", part, ("student", "teacher", "losses"))
         if self.compile_mode is not None and not self.compile:
             raise ValueError("compile_mode says how to compile, but compile names nothing; name student or teacher")
+
+    def begin_step(self) -> None:
+        """Let CUDA graphs write over what a step before this one gave, and nothing that this one gives."""
+        if self.compile_mode is not None:
+            torch.compiler.cudagraph_mark_step_begin()  # type: ignore[no-untyped-call]
+
+    def kept(self, value: Tensor) -> Tensor:
+        """A value that is still there after the next step, where a CUDA graph may write over it; without a graph."""
+        return value.detach() if self.compile_mode is None else value.detach().clone()
 
     def lay_out(self, network: nn.Module) -> None:
         """Put the weights of a network into the layout asked for."""

@@ -26,7 +26,7 @@ from kdlit.losses import (
     crd,
     functional,
 )
-from kdlit.modules import ClassificationDistillation
+from kdlit.modules import ClassificationDistillation, ManyStudents
 from kdlit.modules.performance import Performance, fused
 from tests.conftest import Diary, TinyData, TinyNet
 
@@ -496,3 +496,53 @@ def test_compiled_networks_give_the_same_and_leave_no_trace_in_files(trainer, tm
         copy.deepcopy(distiller.student)
     assert metrics[1] == pytest.approx(metrics[0], rel=1e-4)
     assert keys[0] == keys[1]
+
+
+class Replayed(DistillationLoss):
+    """Gives its value where it gave the one before, as a CUDA graph does."""
+
+    def __init__(self):
+        super().__init__()
+        self.place = None
+
+    def forward(self, student, teacher, batch):
+        value = student.logits.square().mean()
+        if self.place is None:
+            self.place = value.detach().clone()
+        self.place.copy_(value.detach())
+        shown = value - value.detach()
+        shown.data = self.place
+        return shown
+
+
+def test_figures_outlast_the_step_where_cuda_graphs_may_write_over_them():
+    graphs = Performance(compile=["losses"], compile_mode="reduce-overhead")
+    means = []
+    for performance in (graphs, "plain"):
+        distiller = module(performance, {"replayed": Replayed()}, teacher=TinyNet())
+        for scale in (1.0, 2.0):
+            distiller.run_step({**batch(), "image": scale * batch()["image"]})
+        means.append(distiller.means["train"].take(lambda sums: sums)["train/loss/replayed"])
+    assert means[0] < means[1], "without the option the second value stands for both"
+
+
+@pytest.mark.parametrize("several", [False, True])
+def test_cuda_graphs_are_told_of_every_step_before_it_begins(trainer, monkeypatch, several):
+    told = []
+    compiling = nn.Module.compile
+    monkeypatch.setattr(nn.Module, "compile", lambda self, mode=None: compiling(self, backend="eager"))
+    monkeypatch.setattr(torch.compiler, "cudagraph_mark_step_begin", lambda: told.append("step"))
+    teacher = TinyNet(width=16)
+    graphs = Performance(compile=["teacher"], compile_mode="reduce-overhead")
+    modules = {name: module(graphs, teacher=copy.deepcopy(teacher)) for name in "ab"}
+    for one in modules.values():
+        run = one.run_student
+        monkeypatch.setattr(one, "run_student", lambda batch, run=run: told.append("student") or run(batch))
+    trained = ManyStudents(modules) if several else modules["a"]
+    run = trainer()
+    run.fit(trained, TinyData(val_size=0, batch_size=32))
+    run.validate(trained, TinyData(val_size=32), verbose=False)
+    number = 2 if several else 1
+    training = told[: 3 * 2 * number]
+    assert training == (["step"] * number + ["student"] * number) * 3
+    assert set(told[3 * 2 * number :]) == {"step"}
