@@ -78,7 +78,8 @@ def teacher_figures(student_logits: Tensor, teacher_logits: Tensor, target: Tens
 def is_right(logits: Tensor, target: Tensor, k: int = 1) -> Tensor:
     """Whether the label is among the ``k`` largest logits, for each sample: bool, shape ``(B,)``.
 
-    Of equal logits the first come first; a NaN is never right.
+    Of equal logits the first come first. A NaN is never right for ``k`` > 1; for 1 it counts as the largest, as in
+    ``argmax``, which names the class.
 
     Args:
         logits: shape ``(B, C)``.

@@ -41,7 +41,7 @@ PARTS: dict[str, list[tuple[type, str]]] = {
     "progress bar": [(Progress, hook) for hook in _BAR],
     "means of an epoch, metrics.csv": [
         (ClassificationDistillation, "figures"),
-        (ClassificationDistillation, "log_epoch"),
+        (ClassificationDistillation, "_log_training"),
         (Throughput, "on_train_epoch_end"),
         (LearningRateMonitor, "on_train_epoch_start"),
     ],

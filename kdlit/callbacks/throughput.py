@@ -75,10 +75,9 @@ class Throughput(L.Callback):
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        """Count the pictures, and begin to time a step, now and then."""
+        """Begin to time a step, now and then."""
         self._waited += time.perf_counter() - self._step_ended
         self._steps += 1
-        self._pictures += _size(batch)
         every: int = cast("Any", trainer).log_every_n_steps
         if every and batch_idx % every == 0:
             self._clock.start(trainer.strategy.root_device)
@@ -86,7 +85,8 @@ class Throughput(L.Callback):
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Time no further."""
+        """Count the pictures."""
+        self._pictures += _size(batch)
         self._clock.mark("update")
         self._clock.stop()
         self._step_ended = time.perf_counter()
@@ -108,14 +108,15 @@ class Throughput(L.Callback):
             figures["train/images_per_s"] = speed
         if memory := peak_memory(trainer.strategy.root_device):
             figures["train/peak_memory_mb"] = memory / 1e6
-        log_epoch(trainer, figures)
+        log_epoch(trainer, trainer.strategy.broadcast(figures))
 
 
 def _size(batch: Any) -> int:
     """Pictures in a batch; those in a form that a step of the user's own knows are not counted."""
     try:
         image: Any = as_batch(batch)["image"]
-        return image.shape[0] if isinstance(image, Tensor) else len(image)  # len of a tensor takes ten times as long
+        is_batch = isinstance(image, Tensor) and image.ndim > 0
+        return image.shape[0] if is_batch else len(image)  # of a tensor the latter takes ten times as long
     except TypeError:
         return 0
 

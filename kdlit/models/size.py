@@ -25,12 +25,16 @@ def count_multiply_adds(network: nn.Module, image: Tensor) -> int:
         image: shape ``(N, C, H, W)``, 1 for the products for one picture; on the meta device if the network is.
     """
     learning = [parameter for parameter in network.parameters() if parameter.requires_grad]
-    network.requires_grad_(False)  # the counter fails where a parameter is given to a module, as PiT's class token is
+    quick = torch.backends.mha.get_fastpath_enabled()
     try:
-        # the fused kernels of attention for CPUs are not counted, what they are made of is
+        for parameter in learning:  # the counter fails where one is given to a module, as PiT's class token is
+            parameter.requires_grad_(False)
+        # fused kernels of attention are not counted, what they are made of is
+        torch.backends.mha.set_fastpath_enabled(False)
         with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
             network(image)
     finally:
+        torch.backends.mha.set_fastpath_enabled(quick)
         for parameter in learning:
             parameter.requires_grad_(True)
     return int(counter.get_total_flops()) // 2

@@ -101,7 +101,7 @@ class DistillationModule(L.LightningModule):
         self.step_terms: dict[str, Tensor] = {}  # the weighted terms of a step that is under way, with their graph
         self.shown: dict[str, float] = {}  # what was logged of the step that was last looked at
         self.clock = StepClock()
-        self.prefix = ""  # of the names of training figures, where there are several students
+        self._log_prefix = ""  # of the names of training figures, where there are several students
 
         if teacher is not None and {id(p) for p in student.parameters()} & {id(p) for p in teacher.parameters()}:
             raise ValueError("student and teacher share parameters; give the teacher its own copy (copy.deepcopy)")
@@ -325,7 +325,9 @@ class DistillationModule(L.LightningModule):
         # The bar reads these after every step, which must not wait for an accelerator.
         means = torch.stack([value.float().mean() for value in outputs["figures"].values()])
         self.shown = dict(zip(outputs["figures"], means.tolist(), strict=True))
-        self.trainer.progress_bar_metrics[f"{self.prefix}loss"] = self.shown["train/loss"]
+        loss = self.shown["train/loss"]
+        self.trainer.progress_bar_metrics[f"{self._log_prefix}loss"] = loss
+        self.trainer.callback_metrics[f"{self._log_prefix}loss"] = torch.tensor(loss)
         self.finite.look_back(wait=True)
 
     def watch(self, student: ModelOutput, batch: Batch) -> dict[str, Tensor]:
@@ -392,15 +394,14 @@ class DistillationModule(L.LightningModule):
         self.finite.end_epoch(trained=bool(figures))
         if self.finite.skipped:
             figures["train/skipped"] = torch.tensor(float(self.finite.skipped))
-        self.log_epoch(figures)
+        self._log_training(figures)
 
-    def log_epoch(self, figures: Mapping[str, Tensor | float]) -> None:
-        """Log figures of a training epoch, in ``on_train_epoch_end``.
-
-        Args:
-            figures: scalars by name, the same in all processes.
-        """
-        log_epoch(self.trainer, {f"{self.prefix}{name}": value for name, value in figures.items()})
+    def _log_training(self, figures: Mapping[str, Tensor | float]) -> None:
+        if type(self).log is not L.LightningModule.log:  # whoever overrides it wants to see all
+            for name, value in figures.items():
+                self.log(name, value, sync_dist=True)
+            return
+        log_epoch(self.trainer, {f"{self._log_prefix}{name}": value for name, value in figures.items()})
 
     def named_weights(self) -> Iterable[tuple[str, Tensor]]:
         """All parameters but the teacher's, by name."""

@@ -84,7 +84,7 @@ class ManyStudents(L.LightningModule):
         for name, student in students.items():
             self.add_module(_key(name), student)  # as a direct child it gets the trainer from Lightning
             student.log = partial(self._log_of, name)  # type: ignore[method-assign]
-            student.prefix = f"{name}/"
+            student._log_prefix = f"{name}/"
             if student.teacher is not None:
                 ignored += [f"{_key(name)}.teacher.{key}" for key in student.teacher.state_dict()]
         self._ddp_params_and_buffers_to_ignore = ignored
@@ -568,9 +568,9 @@ def _own(value: Any, name: str) -> Any:
     return value["students"][name] if isinstance(value, dict) and "students" in value else value
 
 
-def _tell(self: ManyStudents, hook: str, *args: Any, **kwargs: Any) -> None:
+def _tell(self: ManyStudents, hook: str, *args: Any, parent: type = L.LightningModule, **kwargs: Any) -> None:
     for name in self.going:
-        if is_overridden(hook, self.students[name]):
+        if is_overridden(hook, self.students[name], parent):
             try:
                 with self.turn(name) as student:
                     getattr(student, hook)(*(_own(value, name) for value in args), **kwargs)
@@ -588,12 +588,24 @@ def _told(hook: str) -> Any:
     return tell
 
 
+def _told_of_batch(hook: str) -> Any:
+    def tell(self: ManyStudents, *args: Any, **kwargs: Any) -> None:
+        for student in self.students.values():
+            student.performance.begin_step()
+        _tell(self, hook, *args, parent=DistillationModule, **kwargs)  # which does no more than that
+
+    tell.__name__, tell.__doc__ = hook, "Begin a step, and tell every student in its turn that wants to know."
+    return tell
+
+
 for _hook in (
     *("on_fit_start", "on_fit_end", "on_train_end", "on_train_epoch_start", "on_train_epoch_end"),
-    *("on_train_batch_start", "on_train_batch_end", "on_before_zero_grad", "on_after_backward"),
+    *("on_train_batch_end", "on_before_zero_grad", "on_after_backward"),
     *("on_before_optimizer_step", "teardown"),
     *(f"on_{stage}_{what}" for stage in ("validation", "test", "predict") for what in ("start", "end")),
     *(f"on_{stage}_epoch_{what}" for stage in ("validation", "test", "predict") for what in ("start", "end")),
-    *(f"on_{stage}_batch_{what}" for stage in ("validation", "test", "predict") for what in ("start", "end")),
+    *(f"on_{stage}_batch_end" for stage in ("validation", "test", "predict")),
 ):
     setattr(ManyStudents, _hook, _told(_hook))
+for _stage in ("train", "validation", "test", "predict"):
+    setattr(ManyStudents, f"on_{_stage}_batch_start", _told_of_batch(f"on_{_stage}_batch_start"))

@@ -255,9 +255,9 @@ def test_validation_is_left_out_of_the_speed(monkeypatch, trainer):
     run = trainer(log_every_n_steps=1)
     watch._begin()
     for _ in range(2):
-        watch.on_train_batch_start(run, None, {"image": torch.zeros(10, 3, 8, 8)}, 0)
+        watch.on_train_batch_start(run, None, {}, 0)
         now[0] += 1
-        watch.on_train_batch_end(run, None, {}, {}, 0)
+        watch.on_train_batch_end(run, None, {}, {"image": torch.zeros(10, 3, 8, 8)}, 0)
     watch.on_validation_start(run, None)
     now[0] += 100
     watch.on_validation_end(run, None)
@@ -266,9 +266,12 @@ def test_validation_is_left_out_of_the_speed(monkeypatch, trainer):
     assert watch._waited == 0, "nor does a step wait for its batch while others are validated"
 
 
-def test_a_batch_of_a_users_own_form_is_not_counted(trainer):
+@pytest.mark.parametrize(
+    "batch", [{"labelled": (torch.zeros(10, 3, 8, 8),)}, torch.tensor(1.0), {"image": torch.tensor(1.0)}]
+)
+def test_a_batch_of_a_users_own_form_is_not_counted(trainer, batch):
     watch = Throughput()
-    watch.on_train_batch_start(trainer(), None, {"labelled": (torch.zeros(10, 3, 8, 8),)}, 0)
+    watch.on_train_batch_end(trainer(), None, {}, batch, 0)
     assert watch.images_per_s is None
 
 

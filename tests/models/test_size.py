@@ -26,6 +26,21 @@ def test_products_of_attention_count():
     assert count_multiply_adds(Attention(), torch.zeros(1, 4, 3, 3)) == 2 * 9 * 9 * 4
 
 
+def test_attention_counts_where_torch_has_a_kernel_for_all_of_it():
+    layer = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True).eval()
+    with torch.device("meta"):
+        unreal = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True).eval()
+    image = torch.zeros(1, 5, 8)
+    assert count_multiply_adds(layer, image) == count_multiply_adds(unreal, image.to("meta")) > 5 * 8 * (4 * 8 + 2 * 16)
+    assert torch.backends.mha.get_fastpath_enabled()
+
+
+def test_a_scripted_network_is_counted():
+    scripted = torch.jit.script(nn.Sequential(nn.Flatten(), nn.Linear(12, 5)))
+    assert count_multiply_adds(scripted, torch.zeros(1, 3, 2, 2)) == 60
+    assert all(parameter.requires_grad for parameter in scripted.parameters())
+
+
 def test_by_hand():
     network = TinyNet(num_classes=5, width=8)
     assert count_parameters(network) == sum(value.numel() for _, value in network.named_parameters())

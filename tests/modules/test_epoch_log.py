@@ -7,8 +7,11 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.loggers.logger import DummyLogger
+from torch import nn
 
 from kdlit.callbacks import Throughput
+from kdlit.loggers import RunLogger
 from kdlit.losses import CrossEntropyLoss, KDLoss
 from kdlit.modules import ClassificationDistillation, ManyStudents
 from kdlit.runs import Run
@@ -18,7 +21,7 @@ from tests.conftest import TinyData, TinyNet
 class ThroughLightning(ClassificationDistillation):
     """Gives every figure to ``self.log``."""
 
-    def log_epoch(self, figures):
+    def _log_training(self, figures):
         for name, value in figures.items():
             self.log(name, float(value))
 
@@ -79,11 +82,84 @@ def test_any_bar_is_told_the_loss(trainer):
     run = trainer(log_every_n_steps=1)
     run.fit(one := module(), TinyData())
     assert run.progress_bar_metrics["loss"] == one.shown["train/loss"]
+    assert run.callback_metrics["loss"] == pytest.approx(one.shown["train/loss"])
 
     run = trainer(log_every_n_steps=1)
     run.fit(several := ManyStudents({"a": module(), "b": module()}), TinyData())
     shown = {name: value for name, value in run.progress_bar_metrics.items() if name.endswith("loss")}
     assert shown == {f"{name}/loss": student.shown["train/loss"] for name, student in several.students.items()}
+
+
+class Figures(ClassificationDistillation):
+    """Logs a figure of its own of every epoch."""
+
+    own = None
+
+    def figures(self, stage):
+        return super().figures(stage) | ({"train/own": self.own()} if stage == "train" else {})
+
+
+@pytest.mark.parametrize(
+    ("own", "expected"),
+    [
+        (lambda self: self.student.fc.weight.norm() * 0 + 2, 2.0),
+        (lambda self: torch.tensor([3.0]), 3.0),
+        (lambda self: torch.tensor(True), 1.0),
+        (lambda self: 4, 4.0),
+        (lambda self: torch.tensor(0.5, dtype=torch.bfloat16), 0.5),
+        (lambda self: nn.Parameter(torch.tensor(6.0)), 6.0),
+    ],
+    ids=["graph", "one_element", "bool", "int", "bfloat16", "parameter"],
+)
+def test_numbers_in_any_form_become_plain_ones(trainer, tmp_path, own, expected):
+    best = ModelCheckpoint(tmp_path / "kept", "{train/own:.2f}", "train/own", save_on_train_epoch_end=True)
+    run = trainer(logger=RunLogger(str(tmp_path)), callbacks=[best], enable_checkpointing=True)
+    one = module(Figures)
+    one.own = own.__get__(one)
+    run.fit(one, TinyData())
+    figure = run.callback_metrics["train/own"]
+    assert (float(figure), figure.dtype, figure.shape, figure.requires_grad) == (expected, torch.float32, (), False)
+    assert Run(tmp_path, {}, {}).series()["train/own"] == {0: expected}
+
+
+def test_what_is_logged_stays_as_it_was(trainer):
+    one = module(Figures)
+    one.own = (lambda self: self.student.bn.num_batches_tracked).__get__(one)
+    run = trainer()
+    run.fit(one, TinyData())
+    one.student.bn.num_batches_tracked += 10
+    assert run.callback_metrics["train/own"] == 4
+
+
+@pytest.mark.parametrize("own", [torch.zeros(3), None, {}], ids=["three", "none", "dictionary"])
+def test_what_is_no_number_is_named(trainer, own):
+    one = module(Figures)
+    one.own = (lambda self: own).__get__(one)
+    with pytest.raises(ValueError, match="what is logged of an epoch must be numbers, but train/own is"):
+        trainer().fit(one, TinyData())
+
+
+def test_whoever_overrides_log_sees_all(trainer):
+    class Renamed(ClassificationDistillation):
+        def log(self, name, *args, **kwargs):
+            super().log(f"my/{name}", *args, **kwargs)
+
+    run = trainer()
+    run.fit(module(Renamed), TinyData())
+    assert {"my/train/loss", "my/val/top1", "my/train/weighted/kd"} <= run.callback_metrics.keys()
+    assert "train/loss" not in run.callback_metrics
+
+
+def test_loggers_are_called_as_lightning_calls_them(trainer):
+    class Odd(DummyLogger):
+        rows = []
+
+        def log_metrics(self, *, step, metrics):
+            self.rows.append((step, metrics))
+
+    trainer(logger=Odd()).fit(module(), TinyData())
+    assert [step for step, row in Odd.rows if "train/loss" in row] == [3]
+    assert all(isinstance(value, (int, float)) for _, row in Odd.rows for value in row.values())
 
 
 def test_what_other_callbacks_log_is_kept_beside_it(trainer, tmp_path):

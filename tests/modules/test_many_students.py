@@ -344,3 +344,28 @@ def test_the_union_of_layers_does_not_reach_a_student_that_asked_for_less():
     assert said["kd"]["teacher"].features == {}
     assert list(said["fitnet"]["teacher"].features) == ["act"]
     assert torch.equal(said["kd"]["teacher"].logits, said["fitnet"]["teacher"].logits)
+
+
+def test_students_are_told_of_batches_only_if_they_listen(trainer, monkeypatch):
+    class Listener(ClassificationDistillation):
+        def on_train_batch_start(self, batch, batch_idx):
+            super().on_train_batch_start(batch, batch_idx)
+            heard.append((float(torch.rand(())), batch_idx))
+
+    heard, turns = [], []
+    students = {
+        name: kind(TinyNet(), {"ce": CrossEntropyLoss()}, input_size=(3, 8, 8))
+        for name, kind in (("deaf", ClassificationDistillation), ("listener", Listener))
+    }
+    group = ManyStudents(students, seeds={"deaf": 1, "listener": 2})
+    turn = ManyStudents.turn
+    monkeypatch.setattr(ManyStudents, "turn", lambda self, name: turns.append(name) or turn(self, name))
+    monkeypatch.setattr(
+        ManyStudents,
+        "training_step",
+        lambda self, batch, batch_idx: turns.append("step") or next(self.parameters()).sum(),
+    )
+    trainer(limit_val_batches=0).fit(group, TinyData(val_size=0, batch_size=32))
+    assert [batch_idx for _, batch_idx in heard] == [0, 1, 2]
+    before_steps = [turns[place - 1] for place, what in enumerate(turns) if what == "step"]
+    assert before_steps == ["listener"] * 3, "taking turns costs time"
