@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from importlib import import_module
 
@@ -53,8 +54,30 @@ COMMANDS = {  # those that do not need the trainer, and the rooms where they liv
 
 
 def main() -> None:
+    """Run a command; Ctrl-C ends it in one line, and a reader of its output that has gone, as ``head``, in none."""
+    try:
+        try:
+            _run(sys.argv[1:])
+        finally:
+            print(end="", flush=True)  # here rather than when the interpreter ends, where nothing can be caught
+    except KeyboardInterrupt:
+        if "KDLIT_TRACEBACK" in os.environ:
+            raise
+        command = sys.argv[1] if len(sys.argv) > 1 else ""
+        cure = f"; kdlit {command} with the same arguments goes on" if command in ("chain", "sweep") else ""
+        print(f"kdlit: stopped by Ctrl-C{cure}", file=sys.stderr)
+        sys.exit(130)
+    except BrokenPipeError:
+        try:
+            print(flush=True)  # an empty line tells whether it was this pipe, also where nothing is buffered
+        except BrokenPipeError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the interpreter will flush once more
+            sys.exit(141)  # as of a shell
+        raise
+
+
+def _run(arguments: list[str]) -> None:
     """Answer what needs no torch at once, and hand everything else to the command line proper."""
-    arguments = sys.argv[1:]
     if not arguments or arguments[0] in ("-h", "--help"):
         print(USAGE, end="")
     elif arguments[0] == "--version":

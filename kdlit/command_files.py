@@ -10,11 +10,12 @@ import subprocess
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from types import FrameType
 from typing import Any, NoReturn
 
 import yaml
 
-STOPPED = (75, 130)  # exit statuses of a run that a signal told to stop, and that has saved
+_PREEMPTED, _INTERRUPTED = STOPPED = (75, 130)  # exit statuses of a run that a signal told to stop: any other; Ctrl-C
 _FEW = 12  # names that a message can list
 
 
@@ -85,6 +86,8 @@ def resolved(arguments: list[str]) -> dict[str, Any]:
 
     Raises:
         CommandFileError: If they are wrong.
+        KeyboardInterrupt: After Ctrl-C.
+        SystemExit: If another signal told it to stop.
     """
     from kdlit.cli import main as run
 
@@ -94,6 +97,10 @@ def resolved(arguments: list[str]) -> dict[str, Any]:
         with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(complaint):
             run()
     except SystemExit as stop:
+        if stop.code == _INTERRUPTED:
+            raise KeyboardInterrupt from None
+        if stop.code == _PREEMPTED:
+            raise
         if stop.code:
             text = stop.code if isinstance(stop.code, str) else complaint.getvalue()
             raise CommandFileError(text.split("kdlit: error: ")[-1].strip()) from None
@@ -135,17 +142,36 @@ def flat(value: object, key: str = "") -> dict[str, object]:
 def passed_on_to(process: subprocess.Popen[bytes]) -> Iterator[None]:
     """Let a process answer the signals that this one gets; a terminal sends Ctrl-C to both.
 
+    Signals that this process ignores, as under ``nohup``, are left so, as the other has inherited that.
+
     Args:
-        process: one that has been started.
+        process: one that has been started, and has ended when the block is left.
+
+    Raises:
+        KeyboardInterrupt: If Ctrl-C came and the process ended otherwise than by the statuses in ``STOPPED``, killed
+            while it started, or finished.
+        SystemExit: Likewise for another signal, with status 75.
     """
-    numbers = [getattr(signal, name) for name in ("SIGTERM", "SIGUSR1", "SIGHUP") if hasattr(signal, name)]
-    handlers = {number: signal.signal(number, lambda given, _: process.send_signal(given)) for number in numbers}
-    handlers[signal.SIGINT] = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    came: list[int] = []
+
+    def pass_on(number: int, _: FrameType | None) -> None:
+        came.append(number)
+        if number != signal.SIGINT:
+            process.send_signal(number)
+
+    numbers = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1", "SIGHUP") if hasattr(signal, name)]
+    heard = [number for number in numbers if signal.getsignal(number) != signal.SIG_IGN]
+    handlers = {number: signal.signal(number, pass_on) for number in heard}
     try:
         yield
     finally:
         for number, handler in handlers.items():
             signal.signal(number, handler)
+    if came and process.returncode not in STOPPED:
+        if signal.SIGINT in came:
+            raise KeyboardInterrupt
+        print(f"kdlit: stopped by {signal.Signals(came[0]).name}; the same command goes on", file=sys.stderr)
+        sys.exit(_PREEMPTED)
 
 
 def stop(message: str, status: int) -> NoReturn:

@@ -115,6 +115,9 @@ def users_mistake(error: BaseException) -> str | None:
         chain.append(link)
         link = link.__cause__ or (None if link.__suppress_context__ else link.__context__)
     for link in chain:
+        if isinstance(link, MisconfigurationException) and "could not find the monitored key" in str(link):
+            other = "or name a figure that is logged: --checkpoint.monitor=val/NAME --checkpoint.mode=min, or max"
+            return f"{_one_line(str(link))}; {other}"
         if isinstance(link, MisconfigurationException) or _raised_on_purpose(link):
             return _one_line(str(link))
         if isinstance(link, ModuleNotFoundError) and "/lightning/" in _innermost(link):

@@ -188,6 +188,15 @@ def test_signals_are_passed_on_and_the_status_is_that_of_the_link(project, kdlit
     assert signal.getsignal(signal.SIGTERM) == before
 
 
+def test_ctrl_c_ends_the_chain_though_its_link_is_only_starting(project, kdlit_cli, monkeypatch):
+    start = subprocess.Popen
+    both = "import os, signal; os.kill(os.getppid(), signal.SIGINT); os.kill(os.getpid(), signal.SIGINT)"
+    monkeypatch.setattr("kdlit.chain.subprocess.Popen", lambda _: start([sys.executable, "-S", "-c", both]))
+    out = kdlit_cli("chain", "--config", "chains/chain.yaml")
+    assert "link 'teacher' failed" not in out
+    assert out.endswith("kdlit: stopped by Ctrl-C; kdlit chain with the same arguments goes on\nexit 130")
+
+
 def test_a_link_may_have_a_teacher_of_its_configs_another_or_none(project):
     path = project / "chains" / "other.yaml"
     path.write_text(

@@ -13,6 +13,8 @@ import pytest
 import torch
 import yaml
 
+from kdlit.__main__ import COMMANDS
+
 OWN = '''
 """A user's own file: nothing of it is known to kdlit."""
 import torch
@@ -468,6 +470,46 @@ def test_help_and_version_answer_without_loading_torch():
         assert time.monotonic() - start < 3
 
 
+@pytest.mark.parametrize("command", ["report", "export", "compare", "fit"])
+def test_ctrl_c_ends_in_one_line_wherever_it_comes(command, kdlit_cli, monkeypatch):
+    class Pressed:
+        """Found wherever the command looks for its room, or what that imports."""
+
+        def find_spec(self, name, path=None, target=None):
+            if name in (*COMMANDS.values(), "kdlit.cli"):
+                raise KeyboardInterrupt
+
+    for name in (*COMMANDS.values(), "kdlit.cli"):
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    monkeypatch.setattr(sys, "meta_path", [Pressed(), *sys.meta_path])
+    assert kdlit_cli(command, "there") == "kdlit: stopped by Ctrl-C\nexit 130"
+    monkeypatch.setenv("KDLIT_TRACEBACK", "1")
+    with pytest.raises(KeyboardInterrupt):
+        kdlit_cli(command, "there")
+
+
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+@pytest.mark.parametrize("arguments", [["dashboard", "--print"], ["--help"]])
+def test_a_reader_that_has_gone_ends_the_command_in_silence(arguments, unbuffered):
+    reader, writer = os.pipe()
+    os.close(reader)
+    with os.fdopen(writer, "w") as gone:
+        done = subprocess.run(
+            [sys.executable, "-m", "kdlit", *arguments],
+            stdout=gone, stderr=subprocess.PIPE, env=os.environ | {"PYTHONUNBUFFERED": unbuffered},
+        )  # fmt: skip
+    assert (done.returncode, done.stderr) == (141, b"")
+
+
+def test_another_pipe_that_breaks_is_not_taken_for_the_output(kdlit_cli, monkeypatch):
+    def broken(arguments):
+        raise BrokenPipeError
+
+    monkeypatch.setattr("kdlit.workspace.main", broken)
+    with pytest.raises(BrokenPipeError):
+        kdlit_cli("dashboard")
+
+
 def test_two_processes_train_one_student(project):
     script = project / "two.py"
     script.write_text(
@@ -507,3 +549,9 @@ def test_data_options_can_be_given_on_the_command_line(project, kdlit_cli):
     with (project / "here" / "metrics.csv").open() as file:
         steps = max(int(row["step"]) for row in csv.DictReader(file))
     assert steps == 1  # 32 of 64 pictures in batches of 16
+
+
+def test_a_figure_that_nobody_logs_is_refused_with_the_way_to_name_another(project, kdlit_cli):
+    told = kdlit_cli("fit", "--config", "tiny.yaml", "--checkpoint.monitor=val/error")
+    assert "could not find the monitored key" in told
+    assert "name a figure that is logged: --checkpoint.monitor=val/NAME --checkpoint.mode=min" in told

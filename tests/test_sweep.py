@@ -454,6 +454,40 @@ def test_signals_are_passed_on_and_the_trial_waits(project, untrained, instead, 
     assert [trial.state.name for trial in joined().all()] == ["RUNNING"]
 
 
+@pytest.mark.parametrize("ended", ["os.kill(os.getpid(), signal.SIGINT)", "sys.exit(1)", "pass"])
+def test_ctrl_c_ends_the_sweep_however_its_trial_ends(ended, project, untrained, instead, monkeypatch):
+    monkeypatch.setattr(trials, "_fit", FIT)
+    instead(f"import os, signal, sys; print('began', flush=True); os.kill(os.getppid(), signal.SIGINT); {ended}")
+    with pytest.raises(KeyboardInterrupt):
+        command.sweep_on(joined(), {})
+    assert Path("sweep/trial_000/log.txt").read_text().count("began") == 1
+    assert signal.getsignal(signal.SIGINT) == signal.default_int_handler
+    assert [trial.state.name for trial in joined().all()] == ["RUNNING"]
+
+
+@pytest.mark.parametrize(
+    ("number", "ended", "status", "word"),
+    [
+        ("SIGINT", "sys.exit(130)", 130, "kdlit: t was stopped; kdlit sweep with the same arguments goes on"),
+        ("SIGTERM", "time.sleep(60)", 75, "kdlit: stopped by SIGTERM; the same command goes on"),  # not yet listening
+    ],
+)
+def test_the_status_tells_which_signal_stopped_the_sweep(number, ended, status, word, project, instead, capsys):
+    instead(f"import os, signal, sys, time; os.kill(os.getppid(), signal.{number}); {ended}")
+    with pytest.raises(SystemExit, match=f"^{status}$"):
+        trials._fit(["--ckpt_path=last"], Path("t"), trials._kept(Path("t")))
+    assert capsys.readouterr().err == f"{word}\n"
+
+
+def test_ctrl_c_while_configs_are_read_is_no_mistake_in_them(project, kdlit_cli, monkeypatch):
+    def pressed(_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("kdlit.cli.KdlitCLI", pressed)
+    out = kdlit_cli("sweep", "--config", "sweeps/beta.yaml")
+    assert out == "kdlit: stopped by Ctrl-C; kdlit sweep with the same arguments goes on\nexit 130"
+
+
 def test_trials_that_fail_are_noted_and_three_at_the_start_end_the_sweep(project, untrained):
     fails = {"trial_001"}
 

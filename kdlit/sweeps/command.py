@@ -33,7 +33,6 @@ from __future__ import annotations
 
 import argparse
 import shlex
-import sys
 import time
 import warnings
 from collections.abc import Mapping, Sequence
@@ -60,7 +59,7 @@ def sweep_on(trials: Trials, base: Mapping[str, Any]) -> None:
 
     Raises:
         CommandFileError: If it makes no sense to go on.
-        SystemExit: If a signal told it to stop.
+        KeyboardInterrupt, SystemExit: If a signal told it to stop.
     """
     took, succeeded = [], 0
     while True:
@@ -171,19 +170,15 @@ def main(args: Sequence[str] | None = None) -> None:
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning)
     try:
-        try:
-            sweep = read_sweep(arguments.config, arguments.run_dir, arguments.trials)
-            base = sweep.check()
-            trials = Trials(sweep, base, arguments.storage)
-        except (CommandFileError, OSError) as error:
-            stop(str(error), 2)
-        finished = sum(trial.state.is_finished() for trial in trials.all())
-        print(f"Sweep of {sweep.trials} trials in {sweep.folder}, {finished} of them finished before", flush=True)
-        try:
-            sweep_on(trials, base)
-        except (CommandFileError, OSError) as error:
-            stop(f"{error}; the same command goes on, and what there is lies in {sweep.folder}", 1)
-    except KeyboardInterrupt:
-        print("kdlit: interrupted; kdlit sweep with the same arguments goes on", file=sys.stderr)
-        sys.exit(130)
+        sweep = read_sweep(arguments.config, arguments.run_dir, arguments.trials)
+        base = sweep.check()
+        trials = Trials(sweep, base, arguments.storage)
+    except (CommandFileError, OSError) as error:
+        stop(str(error), 2)
+    finished = sum(trial.state.is_finished() for trial in trials.all())
+    print(f"Sweep of {sweep.trials} trials in {sweep.folder}, {finished} of them finished before", flush=True)
+    try:
+        sweep_on(trials, base)
+    except (CommandFileError, OSError) as error:
+        stop(f"{error}; the same command goes on, and what there is lies in {sweep.folder}", 1)
     print_sweep(trials)

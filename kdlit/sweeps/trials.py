@@ -168,7 +168,7 @@ class Trials:
         Raises:
             TrialError: If it has none.
             SweepError: If no trial can have one.
-            SystemExit: If a signal told it to stop.
+            KeyboardInterrupt, SystemExit: If a signal told it to stop.
         """
         values, seeds = [], self.sweep.settings["seeds"]
         for seed in seeds:
@@ -255,7 +255,7 @@ def _fit(arguments: Sequence[str], run: Path, lock: IO[bytes]) -> None:
 
     Raises:
         TrialError: If it fails.
-        SystemExit: If a signal told it to stop.
+        KeyboardInterrupt, SystemExit: If a signal told it to stop.
     """
     run.mkdir(parents=True, exist_ok=True)
     status = 0
