@@ -196,7 +196,7 @@ class KdlitCLI(LightningCLI):
         # Within the folder of a run lie those of its students.
         runs = {run: at for run, at in runs.items() if run == folder or not (run.parent / "config.yaml").exists()}
         if runs:
-            found = _whole_one(max(runs, key=lambda run: runs[run]) / "checkpoints")
+            found = whole_one(max(runs, key=lambda run: runs[run]) / "checkpoints")
             rank_zero_only(print)(f"--ckpt_path=last: {found}")
             return str(found)
         if self.subcommand != "fit":
@@ -348,7 +348,7 @@ def rebuilt(run_dir: Path, more: Sequence[str] = ()) -> tuple[DistillationModule
     kept = run_dir / "checkpoints"
     if not list(kept.glob("*.ckpt")):
         raise FileNotFoundError(f"{run_dir} has no checkpoint in checkpoints/; train it first")
-    checkpoint = _whole_one(kept)
+    checkpoint = whole_one(kept)
     _find_code_in([Path.cwd(), run_dir.absolute()])
     unneeded = {"logger": "false", "callbacks": "null", "plugins": "null", "profiler": "null", "strategy": "auto"}
     settings = [f"--trainer.{name}={value}" for name, value in unneeded.items()]
@@ -371,8 +371,15 @@ def _find_code_in(folders: Sequence[Path]) -> None:
     sys.path += [place for place in dict.fromkeys(map(str, folders)) if place not in sys.path]
 
 
-def _whole_one(folder: Path) -> Path:
-    """``last.ckpt``, or if that is broken the newest whole checkpoint beside it, after saying so."""
+def whole_one(folder: Path) -> Path:
+    """``last.ckpt``, or if that is broken the newest whole checkpoint beside it, after saying so.
+
+    Args:
+        folder: that of the checkpoints of a run.
+
+    Raises:
+        ValueError: If none is whole.
+    """
     problems = []
     for path in _by_age(folder, ("last.ckpt", "previous.ckpt")):
         try:

@@ -65,7 +65,7 @@ class Run:
         """The values of everything logged by name and epoch, from 0; the last of each epoch.
 
         What is logged without an epoch, as learning rates are, belongs to the epoch that is logged next; what is
-        measured after the last epoch belongs to that.
+        measured after the last epoch belongs to that. One of several students also has the speed of the whole run.
         """
         trained = [row for row in self.rows if "epoch" in row and "train/loss" in row]
         last, at = (int(trained[-1][key]) for key in ("epoch", "step")) if trained else (None, 0)
@@ -83,6 +83,9 @@ class Run:
                     if name not in ("epoch", "step"):
                         series[name][epoch] = float(value)
             waiting = []
+        if self.student:  # speed and memory are those of the whole run, which logs them
+            whole = Run(self.path.parent, {}, {}).series()
+            return {name: values for name, values in whole.items() if name.startswith("train/")} | series
         return dict(series)
 
     def results(self, *stems: str) -> dict[str, dict[str, Any]]:

@@ -57,7 +57,7 @@ LAYOUT: dict[str, list[Panel]] = {
         Panel("Sum of the weighted terms", ("train/loss",)),
         Panel("Each term, raw", pattern="^train/loss/.+$"),
         Panel("Each term, weighted", pattern="^train/weighted/.+$"),
-        Panel("Weight of each term, warm-up included", pattern="^train/weight/.+$"),
+        Panel("Weight of each term, before warm-up", pattern="^train/weight/.+$"),
         Panel("Warm-up of each term, 0 to 1", pattern="^train/warmup/.+$"),
         Panel("Steps skipped, not being finite", ("train/skipped",)),
     ],

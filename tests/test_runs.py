@@ -65,6 +65,14 @@ def test_runs_are_found_at_any_depth_and_students_one_by_one(tmp_path):
     assert len(find_runs([tmp_path, tmp_path / "b"])) == 3, "none comes twice"
 
 
+def test_one_of_several_students_has_the_speed_of_the_whole_run(tmp_path):
+    whole = "step,kd/train/loss,train/images_per_s,epoch\n3,,70.0,0\n3,2.0,,0\n7,,80.0,1\n7,1.0,,1\n"
+    write(tmp_path / "b", {"students": {"kd": {}}}, {"starts": []}, whole)
+    write(tmp_path / "b" / "kd", {}, log="step,train/loss,epoch\n3,2.0,0\n7,1.0,1\n")
+    (run,) = find_runs([tmp_path / "b"])
+    assert run.series() == {"train/images_per_s": {0: 70.0, 1: 80.0}, "train/loss": {0: 2.0, 1: 1.0}}
+
+
 def test_a_config_of_the_users_own_hides_no_run_below_it(tmp_path):
     (tmp_path / "config.yaml").write_text("{}")
     write(tmp_path / "runs" / "a", {}, {"starts": []})

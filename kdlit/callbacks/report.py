@@ -45,6 +45,10 @@ class Progress(RichProgressBar):
         if not self.console.is_terminal:
             self.disable()
 
+    def configure_columns(self, trainer: L.Trainer) -> list[Any]:
+        """Epoch, bar and batches; time and speed are told among the figures, which need the room."""
+        return super().configure_columns(trainer)[:3]
+
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Start the watch."""
         super().on_train_start(trainer, pl_module)
@@ -205,6 +209,12 @@ def print_result(trainer: L.Trainer, run_dir: str) -> None:
             table.add_row(name, f"{100 * float(value):.2f}")
     console = Console()
     if table.row_count:
+        console.print(table)
+    elif figures := {name: float(value) for name, value in metrics.items() if name.startswith("val/")}:
+        table = Table("Figure", "value", title=str(table.title))
+        table.columns[1].justify = "right"
+        for name, number in figures.items():
+            table.add_row(name, f"{number:.4g}")
         console.print(table)
     elif Path(f"{run_dir}/config.yaml").exists():
         console.print("No validation pictures were held out. To measure the last epoch on the test pictures:")

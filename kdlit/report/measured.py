@@ -6,6 +6,7 @@ import contextlib
 import io
 import logging
 import math
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -102,7 +103,7 @@ class Measured:
 
     Attributes:
         pictures: which pictures, in words.
-        epochs: that the student was trained for, in words.
+        checkpoint: which one the student is from, and after which epoch, in words.
         missing: why there is nothing, or what is missing.
         classes: the worst ones.
         all_classes: how many classes have pictures.
@@ -115,7 +116,7 @@ class Measured:
     """
 
     pictures: str = ""
-    epochs: str = ""
+    checkpoint: str = ""
     missing: list[str] = field(default_factory=list)
     classes: list[ClassRow] = field(default_factory=list)
     all_classes: int = 0
@@ -144,11 +145,13 @@ def measure(run: Run, key: str, split: str | None, examples: int, step: Callable
         with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
             step("rebuilding the networks")
             module, data = run.rebuild()
+            found.checkpoint = _checkpoint(run)
             step("showing them the pictures")
             outputs = _outputs(module, data, split)
     except Exception as error:  # whatever a config that anybody wrote can bring about
         found.missing.append(f"The networks could not be used: {_why(error, said.getvalue())}")
         return found
+    found.missing += dict.fromkeys(re.findall(r"^kdlit: warning: (.+)$", said.getvalue(), re.MULTILINE))
     found.costs = _costs(run, module, data)
     found.has_teacher = module.teacher is not None
     found.pictures = outputs.description.replace(outputs.split, PARTS.get(outputs.split, outputs.split))
@@ -172,6 +175,16 @@ def measure(run: Run, key: str, split: str | None, examples: int, step: Callable
         except Exception as error:
             found.missing.append(f"The part on {name} is missing: {_why(error)}")
     return found
+
+
+def _checkpoint(run: Run) -> str:
+    from kdlit.cli import epochs_of, whole_one
+
+    try:
+        path = whole_one(run.path / "checkpoints")
+        return f"{path.name}, epoch {epochs_of(str(path))}"
+    except (ValueError, KeyError):
+        return "the last checkpoint"
 
 
 def _why(error: Exception, said: str = "") -> str:

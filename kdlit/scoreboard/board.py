@@ -117,12 +117,16 @@ def gather(
     Raises:
         ValueError: If no run is left, or no row is named as ``against`` says, unless that is the default.
     """
-    notes = [f"{entry.name}: {note}" for entry in entries for note in entry.notes]
+    about: dict[str, list[str]] = defaultdict(list)  # runs by what there is to know about them
+    for entry in entries:
+        for note in dict.fromkeys(entry.notes):
+            about[note].append(entry.name)
+    notes = [f"{', '.join(sorted(whose))}: {note}" for note, whose in about.items()]
     counted = [entry for entry in entries if entry.finished or unfinished]
     if left := [entry.name for entry in entries if entry not in counted]:
         notes.append(f"not counted, as unfinished (--unfinished counts them): {', '.join(sorted(left))}")
     if not counted:
-        raise ValueError(" ".join(["no run is left to compare.", *sorted(problems), *sorted(notes)]))
+        raise ValueError("no run is left to compare: " + "; ".join([*sorted(problems), *sorted(notes)]))
     sections: dict[tuple[str, str, str], list[Row]] = defaultdict(list)
     for group in _groups(counted):
         kept, told = _one_of_each_seed(group)
@@ -204,7 +208,11 @@ def _section(data: str, teacher: str, student: str, rows: list[Row], against: st
     for row in rows:
         others = [one for one in rows if one.method == row.method]
         keys = names.differing([one.settings for one in others])
-        told.append(replace(row, telling=names.told(row.settings, keys) if len(others) > 1 else ""))
+        telling = names.told(row.settings, keys) if len(others) > 1 else ""
+        twins = [one.settings for one in others if telling and names.told(one.settings, keys) == telling]
+        if len(twins) > 1:  # they differ in what is told last, such as the pictures
+            telling += ", " + names.told(row.settings, names.differing(twins))
+        told.append(replace(row, telling=telling))
     references = [row for row in told if against in (row.label, row.method)]
     compared = [_against(row, references, against) for row in told]
     families: dict[int, list[int]] = defaultdict(list)  # the tests against one reference, by its place

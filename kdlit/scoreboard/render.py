@@ -251,7 +251,7 @@ font:15px/1.45 system-ui,sans-serif}
 .kdlit-board .box{overflow-x:auto;border:1px solid var(--line);border-radius:6px;margin:0 0 1.2em}
 .kdlit-board table{border-collapse:collapse;width:100%;font-variant-numeric:tabular-nums}
 .kdlit-board th,.kdlit-board td{padding:.45em .7em;text-align:left;vertical-align:top;
-border-bottom:1px solid var(--line);min-width:6.5em;max-width:22em;overflow-wrap:anywhere}
+border-bottom:1px solid var(--line);min-width:6.5em;max-width:22em;overflow-wrap:break-word}
 .kdlit-board tbody tr:last-child>*{border-bottom:0}
 .kdlit-board thead th{font-weight:600;color:var(--faint);font-size:.85em}
 .kdlit-board tbody th{font-weight:600;position:sticky;left:0;background:var(--sheet);min-width:8em;max-width:11em}

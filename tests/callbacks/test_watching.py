@@ -12,6 +12,7 @@ import rich
 import torch
 
 from kdlit.callbacks import GradientWatch, Progress, Throughput
+from kdlit.callbacks.report import print_result
 from kdlit.callbacks.throughput import without_times
 from kdlit.loggers import RunLogger
 from kdlit.losses import CrossEntropyLoss, KDLoss, WeightedLoss
@@ -326,3 +327,24 @@ def test_on_a_terminal_there_is_a_bar(trainer, tmp_path):
     text = said(trainer, tmp_path, is_terminal=True)
     for part in ("Epoch 3/3", "ce: ", "kd: ", "train: ", "val: ", "images/s: ", "left: "):
         assert part in text, part
+
+
+def test_the_bar_leaves_room_for_figures(trainer, tmp_path):
+    text = said(trainer, tmp_path, is_terminal=True)
+    assert "it/s" not in text
+    assert re.search(r"Epoch 3/3 .*4/4", text)
+
+
+def test_the_result_of_another_task_is_what_it_measured(trainer, tmp_path, capsys):
+    (tmp_path / "config.yaml").touch()
+    run = trainer()
+    run.fit(module(), TinyData())
+    for name in [name for name in run.callback_metrics if name.startswith("val/")]:
+        del run.callback_metrics[name]
+    print_result(run, str(tmp_path))
+    assert "No validation pictures were held out" in capsys.readouterr().out
+    run.callback_metrics["val/absolute_error"] = torch.tensor(0.25)
+    print_result(run, str(tmp_path))
+    told = capsys.readouterr().out
+    assert re.search(r"val/absolute_error\W+0.25", told)
+    assert "held out. To measure" not in told

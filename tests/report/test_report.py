@@ -213,6 +213,21 @@ def test_a_run_that_cannot_be_rebuilt_is_told_as_such_and_none_is_where_not_aske
     assert "by --without_networks" in page(folder)[0].words
 
 
+def test_the_checkpoint_is_named_and_a_broken_one_too(tmp_path, networks, monkeypatch):
+    module = networks()
+
+    def rebuild(self):
+        print("kdlit: warning: last.ckpt is damaged; going on from best.ckpt, the newest whole one")
+        return module.eval(), TinyData()
+
+    monkeypatch.setattr(Run, "rebuild", rebuild)
+    monkeypatch.setattr("kdlit.cli.whole_one", lambda folder: folder / "best.ckpt")
+    monkeypatch.setattr("kdlit.cli.epochs_of", lambda path: 7)
+    read, _ = page(write_run(tmp_path / "run"), without_networks=False, pictures=0)
+    assert "by the student of best.ckpt, epoch 7 and its teacher" in read.words
+    assert "last.ckpt is damaged; going on from best.ckpt" in read.words
+
+
 def test_tables_of_classes_and_confusions_count_right(tmp_path, networks):
     class Constant(TinyNet):
         def __init__(self, said):

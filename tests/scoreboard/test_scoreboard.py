@@ -334,6 +334,26 @@ def test_rows_of_one_method_say_in_what_they_differ(run):
     assert set(rows_of("runs")) == {"DKD, beta=8.0", "DKD, beta=2.0"}
 
 
+def test_rows_that_differ_in_their_pictures_alone_say_so_among_others(run):
+    other = json.loads(json.dumps(DKD))
+    other["dkd"]["loss"]["init_args"]["beta"] = 2.0
+    for name, losses, pictures in (("a", DKD, "a"), ("b", DKD, "b"), ("c", other, "a")):
+        path = run(name, losses, test=0.7) / "run.json"
+        record = json.loads(path.read_text())
+        record["data"]["train"] = {"pictures": 64 * pictures}
+        path.write_text(json.dumps(record))
+    several = {f"DKD, beta=8.0, train pictures={8 * pictures}" for pictures in "ab"}
+    assert set(rows_of("runs")) == {*several, "DKD, beta=2.0"}
+
+
+def test_what_holds_for_several_runs_is_said_once(run):
+    for seed in (0, 1):
+        run(f"a{seed}", val=RISING, seed=seed, held_out=False)
+    notes = notes_of("runs")
+    assert notes.count("may be the test pictures") == 1
+    assert "runs/a0, runs/a1: " in notes
+
+
 def test_of_copies_with_one_seed_the_newest_counts_alone_and_this_is_said(run):
     run("a", test=0.70, at="2026-01-02")
     run("b", test=0.60, at="2026-01-01")
@@ -763,7 +783,7 @@ def test_nothing_left_to_compare_is_an_error_in_one_line(run, capsys):
     for folder, reason in (("runs", "runs/a: unfinished: 3 of 12 epochs"), ("nowhere", "there is no folder nowhere")):
         code, out, err = ask(capsys, folder)
         assert (code, out) == (2, "")
-        assert err.startswith("kdlit: error: no run is left to compare.")
+        assert err.startswith("kdlit: error: no run is left to compare: ")
         assert reason in err
         assert err.count("\n") == 1
 
