@@ -357,8 +357,17 @@ def rebuilt(run_dir: Path, more: Sequence[str] = ()) -> tuple[DistillationModule
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "LightningCLI's args parameter")
             cli = _Rebuilder(["validate", *files, f"--ckpt_path={checkpoint}", *settings, *more])
-    except SystemExit:  # the parser has said why
-        raise ValueError(f"{run_dir / 'config.yaml'} cannot be used any more, for the reason above") from None
+    except SystemExit as stop:  # the parser has said why
+        why = "cannot be used any more, for the reason above"
+        link = stop.__context__
+        while link is not None:
+            if isinstance(link, ModuleNotFoundError):
+                why = (
+                    f"names code in a module {link.name} that is not found from here: run this in the folder where "
+                    "kdlit fit ran, or put that folder on PYTHONPATH"
+                )
+            link = link.__cause__ or link.__context__
+        raise ValueError(f"{run_dir / 'config.yaml'} {why}") from None
     module = cast("DistillationModule", cli.model)
     content = torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True)  # it has been found whole
     module.on_load_checkpoint(content)

@@ -116,3 +116,13 @@ def test_a_run_is_built_again_as_its_last_checkpoint_has_it(kdlit_cli):
         path.unlink()
     with pytest.raises(FileNotFoundError, match="run has no checkpoint"):
         run.rebuild()
+
+
+def test_code_that_is_not_found_from_here_is_named(kdlit_cli):
+    Path("run.yaml").write_text(CONFIG)
+    kdlit_cli("fit", "--config=run.yaml", "--run_dir=run")
+    config = Path("run/config.yaml")
+    config.write_text(config.read_text().replace("tests.faults.network.Net", "not_found_from_here.Net"))
+    (run,) = find_runs(["run"])
+    with pytest.raises(ValueError, match="names code in a module not_found_from_here that is not found from here"):
+        run.rebuild()

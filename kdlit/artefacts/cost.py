@@ -26,7 +26,7 @@ class Row:
         predict: gives logits.
         image: pictures as it takes them, shape ``(N, C, H, W)``.
         megabytes: of its weights, or of the file.
-        top1: share of the pictures that it is right about; None where they have no labels.
+        top1: share of the pictures that it is right about; None where their targets are no classes.
         parameters: how many; None for a file.
         multiply_adds: of one picture: products in convolutions, linear layers and attention; None for a file.
         milliseconds: time of one picture by batch size, the median of all rounds.
@@ -120,8 +120,21 @@ def print_comparison(rows: Sequence[Row], rounds: Mapping[int, int], split: str,
     repeats = " and ".join(map(str, rounds.values()))
     print(
         f"Times: of one picture, median of {repeats} runs by turns, {where['cpu']}, {where['threads']} thread"
-        f"{'s' * (where['threads'] != 1)}, torch {where['torch']}. Top-1: of {pictures} {split} pictures."
+        f"{'s' * (where['threads'] != 1)}, torch {where['torch']}. Top-1: {about_top1(rows, split, pictures)}."
     )
+
+
+def about_top1(rows: Sequence[Row], split: str, pictures: int) -> str:
+    """What the accuracy is of, or why there is none.
+
+    Args:
+        rows: what was measured.
+        split: where the pictures are from.
+        pictures: how many.
+    """
+    if all(row.top1 is None for row in rows):
+        return f"left out, as not every {split} picture has the index of one of several logits as its target"
+    return f"of {pictures} {split} pictures"
 
 
 def _short(value: float) -> str:

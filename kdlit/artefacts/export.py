@@ -18,7 +18,17 @@ from torch import nn
 
 from kdlit.artefacts import SUFFIXES, cost, describe
 from kdlit.artefacts.formats import TRACED, ExportError, Leaving, check_packages, logits_from
-from kdlit.artefacts.pictures import Shown, check_parity, logits_in_batches, raw, real_pictures
+from kdlit.artefacts.pictures import (
+    TOLERANCE,
+    Shown,
+    are_classes,
+    check_parity,
+    differences,
+    logits_in_batches,
+    raw,
+    real_pictures,
+    said_of_class,
+)
 from kdlit.data.inputs import NetworkInput, Views
 from kdlit.files import WriteError, load_whole, write_whole
 from kdlit.fingerprint import of_network
@@ -226,6 +236,14 @@ class _Export:
         trained = logits_in_batches(logits_from(network), shown.image, batch_size)
         if not trained.isfinite().all():
             raise ValueError(f"the student of {self.run.name} gives logits that are not finite; train it again")
+        difference, relative = differences(logits_in_batches(logits_from(network), shown.image, batch_size), trained)
+        if not relative <= TOLERANCE:
+            return [
+                f"{self.folder} gets no {self.stem}: shown the same pictures twice, the trained "
+                f"{type(network).__name__} gives logits {difference:.3g} apart, so no file can be checked against it. "
+                "Its forward draws random numbers in eval mode, or remembers earlier pictures; let it do so only if "
+                "self.training, as by F.dropout(x, p, self.training), and export again"
+            ]
         rows = list(_networks(self.stem, network, teacher, shown, trained, batch_size))
         files, problems, new = dict(self.earlier), [], []
         shape = shown.image.shape[1:]
@@ -240,7 +258,7 @@ class _Export:
                 try:
                     write_whole(path, functools.partial(student.write, kind, forms[kind]))
                     read = functools.partial(student.read, kind, path)
-                    parity, logits = check_parity(read, given, trained, shown.split, batch_size)
+                    parity, logits = check_parity(read, given, trained, shown, batch_size)
                 except ExportError as error:
                     problems.append(f"{self.folder / path.name} is not written: {error}")
                     continue
@@ -253,8 +271,8 @@ class _Export:
                 new.append(path.name)
                 print(
                     f"{self.folder / path.name}: as the trained student on {parity.pictures} {parity.split} "
-                    f"pictures, off by {parity.relative_difference:.1e} of the largest logit at most, "
-                    f"{100 * parity.same_class:g} % the same class"
+                    f"pictures, off by {parity.relative_difference:.1e} of the largest logit at most"
+                    + said_of_class(parity)
                 )
         if new:
             content = {**forms[""], "files": files}
@@ -294,7 +312,7 @@ def _networks(
 
 
 def _top1(logits: torch.Tensor, shown: Shown) -> float | None:
-    return None if shown.target is None else float((logits.argmax(1) == shown.target).double().mean())
+    return float((logits.argmax(1) == shown.target).double().mean()) if are_classes(shown.target, logits) else None
 
 
 def _as_data(rows: Sequence[cost.Row], rounds: dict[int, int], shown: Shown) -> dict[str, Any]:
@@ -303,7 +321,7 @@ def _as_data(rows: Sequence[cost.Row], rounds: dict[int, int], shown: Shown) -> 
         "machine": cost.machine(),
         "milliseconds": "of one picture, by batch size: median of runs by turns",
         "runs": rounds,
-        "top1": f"of {len(shown.image)} {shown.split} pictures",
+        "top1": cost.about_top1(rows, shown.split, len(shown.image)),
         "rows": [{name: getattr(row, name) for name in columns} for row in rows],
         "teacher / student": cost.ratios(rows),
     }

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple, TypeGuard, cast
 
 import lightning as L
 import torch
@@ -25,7 +25,7 @@ class Shown(NamedTuple):
         split: ``val`` or ``test``.
         image: for the student, float32, shape ``(N, C, H, W)``.
         image_teacher: for the teacher, likewise; those of the student where it has none of its own.
-        target: labels, shape ``(N,)``, if there are any.
+        target: labels, if there are any: class indices of shape ``(N,)``, or whatever else the task has.
     """
 
     split: str
@@ -118,7 +118,8 @@ class Parity(NamedTuple):
         batch_sizes: in which they were shown.
         largest_difference: of any logit.
         relative_difference: the same over the largest logit.
-        same_class: share of pictures for which both name the same class; near ties alone may differ.
+        same_class: share of pictures for which both name the same class; near ties alone may differ. None where
+            the task has no classes.
         tolerance: of the relative difference.
     """
 
@@ -127,7 +128,7 @@ class Parity(NamedTuple):
     batch_sizes: list[int]
     largest_difference: float
     relative_difference: float
-    same_class: float
+    same_class: float | None
     tolerance: float = TOLERANCE
 
 
@@ -142,8 +143,33 @@ def _parts(image: Tensor, batch_size: int) -> Iterator[Tensor]:
     yield from (image[start:end] for start, end in zip(starts, [*starts[1:], len(image)], strict=True))
 
 
+def are_classes(target: Tensor | None, logits: Tensor) -> TypeGuard[Tensor]:
+    """Whether targets are the index of one of at least two logits for each picture.
+
+    Args:
+        target: of all pictures, if they have any.
+        logits: of the same pictures, shape ``(N, K)``.
+    """
+    if target is None or logits.ndim != 2 or target.shape != logits.shape[:1] or logits.shape[1] < 2:
+        return False
+    if target.dtype == torch.bool or target.is_floating_point() or target.is_complex():
+        return False
+    return int(target.min()) >= 0 and int(target.max()) < logits.shape[1]
+
+
+def differences(logits: Tensor, trained: Tensor) -> tuple[float, float]:
+    """The largest difference of any logit, and the same over the largest logit.
+
+    Args:
+        logits: shape ``(N, K)``.
+        trained: likewise, of the trained student.
+    """
+    difference = float((logits.double() - trained.double()).abs().max())
+    return difference, difference / max(float(trained.abs().max()), torch.finfo(torch.float32).tiny)
+
+
 def check_parity(
-    predict: Callable[[], Predict], image: Tensor, trained: Tensor, split: str, batch_size: int
+    predict: Callable[[], Predict], image: Tensor, trained: Tensor, shown: Shown, batch_size: int
 ) -> tuple[Parity, Tensor]:
     """Compare what a file gives with what the trained student gives.
 
@@ -151,7 +177,7 @@ def check_parity(
         predict: reads the file.
         image: what the file takes, shape ``(N, C, H, W)``.
         trained: logits of the trained student, shape ``(N, K)``.
-        split: where the pictures are from.
+        shown: the pictures as the data gives them, for their split and targets.
         batch_size: of most batches.
 
     Returns:
@@ -166,18 +192,24 @@ def check_parity(
         raise ExportError(f"the file cannot be used: {type(error).__name__}: {error}") from error
     if logits.shape != trained.shape:
         raise ExportError(f"it gives logits of shape {tuple(logits.shape)}, the student {tuple(trained.shape)}")
-    difference = float((logits.double() - trained.double()).abs().max())
+    difference, relative = differences(logits, trained)
+    same = logits.argmax(1) == trained.argmax(1) if are_classes(shown.target, trained) else None
     parity = Parity(
-        split,
+        shown.split,
         len(image),
         sorted({len(part) for part in _parts(image, batch_size)}),
         difference,
-        difference / max(float(trained.abs().max()), torch.finfo(torch.float32).tiny),
-        float((logits.argmax(1) == trained.argmax(1)).double().mean()),
+        relative,
+        None if same is None else float(same.double().mean()),
     )
-    if not parity.relative_difference <= TOLERANCE:
+    if not relative <= TOLERANCE:
         raise ExportError(
-            f"its logits are off by {difference:.3g}, {parity.relative_difference:.2g} of the largest and more than "
-            f"{TOLERANCE:g}; {100 * parity.same_class:.2f} % of {len(image)} pictures get the same class"
+            f"its logits are off by {difference:.3g}, {relative:.2g} of the largest and more than {TOLERANCE:g}"
+            + said_of_class(parity)
         )
     return parity, logits
+
+
+def said_of_class(parity: Parity) -> str:
+    """What to add of the classes where the task has some."""
+    return "" if parity.same_class is None else f", {100 * parity.same_class:g} % the same class"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -209,7 +209,9 @@ def _section(data: str, teacher: str, student: str, rows: list[Row], against: st
         others = [one for one in rows if one.method == row.method]
         keys = names.differing([one.settings for one in others])
         telling = names.told(row.settings, keys) if len(others) > 1 else ""
-        twins = [one.settings for one in others if telling and names.told(one.settings, keys) == telling]
+        twins: list[Mapping[str, Any]] = [
+            one.settings for one in others if telling and names.told(one.settings, keys) == telling
+        ]
         if len(twins) > 1:  # they differ in what is told last, such as the pictures
             telling += ", " + names.told(row.settings, names.differing(twins))
         told.append(replace(row, telling=telling))

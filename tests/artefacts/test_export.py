@@ -15,8 +15,10 @@ from importlib.util import find_spec
 import pytest
 import torch
 import yaml
+from torch.nn import functional
 
 from kdlit.artefacts import main
+from kdlit.artefacts.pictures import real_pictures
 from tests.conftest import TinyData, TinyNet
 
 OWN = """
@@ -37,6 +39,11 @@ class Wrapped(TinyNet):
 class Branching(TinyNet):
     def forward(self, image):
         return super().forward(image * 2 if image.sum() > 0 else image)
+
+
+class Traceable(TinyNet):
+    def forward(self, image):
+        return super().forward(image) * (1.5 if torch.compiler.is_compiling() else 1)
 
 
 class Noisy(TinyNet):
@@ -344,10 +351,77 @@ def test_what_cannot_be_traced_does_not_stop_the_rest(export, folder, tmp_path):
 
 
 def test_what_gives_other_logits_is_not_kept(export, folder, tmp_path):
-    output, status = export(with_student(folder, tmp_path, "Noisy"))
+    output, status = export(with_student(folder, tmp_path, "Traceable"), "--format=torch_export")
     assert status == 2
-    assert "student.state_dict.pt is not written: its logits are off by" in output
+    assert "student.pt2 is not written: its logits are off by" in output
+    assert "100 % the same class" in output.splitlines()[-1]
     assert not (tmp_path / "out").exists()
+
+
+def test_a_student_that_draws_random_numbers_is_told_so(export, folder, tmp_path):
+    output, status = export(with_student(folder, tmp_path, "Noisy"), "--format=state_dict,torch_export")
+    assert status == 2
+    (said,) = [line for line in output.splitlines() if line.startswith("kdlit: error: ")]
+    assert "gets no student: shown the same pictures twice, the trained Noisy gives logits" in said
+    assert "draws random numbers in eval mode" in said
+    assert "only if self.training" in said
+    assert not (tmp_path / "out").exists()
+
+
+def show_targets(monkeypatch, make):
+    """Lets ``make`` turn the class indices of the pictures into other targets."""
+    monkeypatch.setattr(
+        "kdlit.artefacts.export.real_pictures",
+        lambda *given: (shown := real_pictures(*given))._replace(target=make(shown.target)),
+    )
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda target: functional.one_hot(target, 5),
+        lambda target: functional.one_hot(target, 5).float(),
+        lambda target: target[:, None],
+        lambda target: target.float(),
+        lambda target: target > 2,
+        lambda target: target + 1,
+        lambda target: target - 1,
+        lambda target: None,
+    ],
+    ids=["labels", "labels_as_floats", "column", "numbers", "yes_or_no", "beyond", "unknown", "none"],
+)
+def test_nothing_is_said_of_classes_where_targets_are_none(export, tmp_path, monkeypatch, make):
+    show_targets(monkeypatch, make)
+    output, status = export("one")
+    assert status == 0, output
+    assert "off by 0.0e+00 of the largest logit at most\n" in output
+    assert "same class" not in output
+    reason = "left out, as not every val picture has the index of one of several logits as its target"
+    assert f"Top-1: {reason}." in output
+    assert re.search(r"^ *student +torch .* - *$", output, re.M)
+    about = json.loads((tmp_path / "out" / "student.json").read_text())
+    assert about["files"]["student.state_dict.pt"]["parity"]["same_class"] is None
+    assert [row["top1"] for row in about["comparison"]["rows"]] == [None, None]
+    assert about["comparison"]["top1"] == reason
+
+
+def test_one_output_is_no_class(export, folder, tmp_path, monkeypatch):
+    run = tmp_path / "run"
+    shutil.copytree(folder / "several" / "a", run)
+    config = yaml.safe_load((run / "config.yaml").read_text())
+    config["model"]["init_args"]["student"]["init_args"]["num_classes"] = 1
+    (run / "config.yaml").write_text(yaml.safe_dump(config))
+    content = torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)
+    for name in ("student.fc.weight", "student.fc.bias"):
+        content["state_dict"][name] = content["state_dict"][name][:1].clone()
+    for path in (run / "checkpoints").iterdir():
+        torch.save(content, path)
+    show_targets(monkeypatch, torch.zeros_like)  # argmax agrees with all of these
+    output, status = export(run)
+    assert status == 0, output
+    assert "same class" not in output
+    about = json.loads((tmp_path / "out" / "student.json").read_text())
+    assert about["comparison"]["rows"][0]["top1"] is None
 
 
 def test_mistakes_end_in_one_clear_line(export, folder, tmp_path, monkeypatch):
