@@ -97,9 +97,10 @@ def draw_tsne(outputs: Outputs, *, points: int = 500) -> CaptionedFigure:
         place = tsne_positions(few.features)
         target = shown.target.numpy()
         for turn, marker in enumerate(_MARKERS):
-            mine = target // len(COLOURS) % len(_MARKERS) == turn
+            mine = (target + target // len(COLOURS)) % len(_MARKERS) == turn  # neighbours differ in both
             tints = [COLOURS[label % len(COLOURS)] for label in target[mine]]
-            axis.scatter(place[mine, 0], place[mine, 1], s=9, c=tints, marker=marker, alpha=0.55, linewidths=0)
+            size = 9 if len(target) > 200 else 22
+            axis.scatter(place[mine, 0], place[mine, 1], s=size, c=tints, marker=marker, alpha=0.55, linewidths=0)
         score, ratio = silhouette(network.features, outputs.target), scatter_ratio(network.features, outputs.target)
         scores[name], ratios[name] = number(score), number(ratio)
         panel_title(axis, name, f"silhouette {number(score)}", len(axes))

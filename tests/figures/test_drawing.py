@@ -115,6 +115,17 @@ def test_one_picture_of_two_classes_is_legible(draw):
     check_legible(draw(made_up(1, 2, ("_a$b",))))
 
 
+def test_each_of_36_classes_has_a_look_of_its_own():
+    axis = figures.draw_tsne(made_up(72, 36, ("KD",))).axes[0]
+    shapes = {points.get_paths()[0].vertices.tobytes(): points for points in axis.collections}
+    assert len(shapes) == 6
+    for points in shapes.values():
+        colours = [tuple(colour) for colour in points.get_facecolors()]
+        assert (len(colours), len(set(colours))) == (12, 6), "two pictures of each of six classes"
+    few = figures.draw_tsne(made_up(24, 6, ("KD",))).axes[0]
+    assert sum(len(points.get_offsets()) > 0 for points in few.collections) == 6, "few classes differ in shape, too"
+
+
 def test_constant_logits_and_a_thousand_classes_can_be_drawn():
     large = made_up(12, 1000, ("KD",))
     flat = made_up(9, 3, constant=True)
