@@ -5,8 +5,9 @@ from __future__ import annotations
 import csv
 import os
 import pickle
+import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import lightning as L
@@ -131,6 +132,14 @@ def kdlit_cli(
         return captured.out + captured.err
 
     return run
+
+
+@pytest.fixture
+def hears_ctrl_c() -> Iterator[None]:
+    """Lets this process hear Ctrl-C also where the tests were started in the background, which ignores it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 def repeatable_log(folder: Path | str) -> list[dict[str, str]]:

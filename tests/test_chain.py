@@ -188,6 +188,7 @@ def test_signals_are_passed_on_and_the_status_is_that_of_the_link(project, kdlit
     assert signal.getsignal(signal.SIGTERM) == before
 
 
+@pytest.mark.usefixtures("hears_ctrl_c")
 def test_ctrl_c_ends_the_chain_though_its_link_is_only_starting(project, kdlit_cli, monkeypatch):
     start = subprocess.Popen
     both = "import os, signal; os.kill(os.getppid(), signal.SIGINT); os.kill(os.getpid(), signal.SIGINT)"

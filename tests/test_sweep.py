@@ -454,6 +454,7 @@ def test_signals_are_passed_on_and_the_trial_waits(project, untrained, instead, 
     assert [trial.state.name for trial in joined().all()] == ["RUNNING"]
 
 
+@pytest.mark.usefixtures("hears_ctrl_c")
 @pytest.mark.parametrize("ended", ["os.kill(os.getpid(), signal.SIGINT)", "sys.exit(1)", "pass"])
 def test_ctrl_c_ends_the_sweep_however_its_trial_ends(ended, project, untrained, instead, monkeypatch):
     monkeypatch.setattr(trials, "_fit", FIT)
