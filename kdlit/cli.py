@@ -126,7 +126,7 @@ class KdlitCLI(LightningCLI):
         best = {"filename": "best", "monitor": "val/top1", "mode": "max", "auto_insert_metric_name": False}
         best |= {"enable_version_counter": False}  # a run that was killed finds its file, and writes it anew
         parser.set_defaults({f"checkpoint.{name}": value for name, value in best.items()})
-        parser.set_defaults({"trainer.enable_model_summary": False})
+        parser.set_defaults({"trainer.enable_model_summary": False, "trainer.log_every_n_steps": 100})
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Read the config, or those of several students."""

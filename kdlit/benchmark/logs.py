@@ -53,7 +53,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--step_ms", type=float, default=5.0, help="length of a step in ms, default: 5")
     parser.add_argument("--steps", type=int, default=782, help="steps an epoch, default: 782, those of CIFAR-100")
     parser.add_argument(
-        "--log_every_n_steps", type=int, default=100, help="of the trainer, default: 100, as in configs/cifar100"
+        "--log_every_n_steps", type=int, default=100, help="of the trainer, default: 100, as of kdlit fit"
     )
     parser.add_argument("--rounds", type=int, default=7, help="epochs that are measured, default: 7")
 
